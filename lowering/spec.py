@@ -7,12 +7,12 @@ E experts, H hidden, I expert width, J = 2I for gated experts and I otherwise.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from .errors import MoEOptionError, MoERangeError
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("max", "top2_sum")
+GROUP_FILLS = ("-inf", "0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RoutingSpec:
     n_group: int = 1
     topk_group: int = 1
     group_score: str = "top2_sum"
-    group_fill: float = -math.inf
+    group_fill: str = "-inf"
     renorm: bool = True
     eps: float = 0.0
     scale: float = 1.0
@@ -50,6 +50,7 @@ class RoutingSpec:
         for name, value, known in (
             ("score", self.score, SCORES),
             ("group_score", self.group_score, GROUP_SCORES),
+            ("group_fill", self.group_fill, GROUP_FILLS),
         ):
             if value not in known:
                 raise MoEOptionError.of(
@@ -63,7 +64,7 @@ class RoutingSpec:
                 hint="Use n_group=1, topk_group=1 for a router without groups.",
             )
 
-    def op_args(self) -> tuple[int, str, int, int, str, float, bool, float, float]:
+    def op_args(self) -> tuple[int, str, int, int, str, str, bool, float, float]:
         """The scalar arguments of `diffulex::moe_route`, in schema order."""
         return dataclasses.astuple(self)  # type: ignore[return-value]
 

@@ -16,7 +16,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 SCHEMAS = {
     "moe_route": (
         "(Tensor logits, Tensor? bias, Tensor? ids, int top_k, str score='softmax', int n_group=1, int topk_group=1,"
-        " str group_score='top2_sum', float group_fill=-inf, bool renorm=True, float eps=0.0, float scale=1.0)"
+        " str group_score='top2_sum', str group_fill='-inf', bool renorm=True, float eps=0.0, float scale=1.0)"
         " -> (Tensor weights, Tensor ids)"
     ),
     "moe_dispatch": "(Tensor ids, int num_experts) -> (Tensor order, Tensor token, Tensor offsets)",
