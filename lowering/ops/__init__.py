@@ -1,0 +1,24 @@
+"""The ops of a MoE block, registered in the namespace `diffulex` (`torch.ops.diffulex.moe_*`).
+
+T tokens, K experts per token, N = T*K slots (slot n belongs to token n // K), E experts, H hidden, I expert width,
+J = 2I gated, I otherwise. `moe_route -> moe_dispatch -> moe_expert_up -> moe_expert_down -> moe_combine`.
+"""
+
+from .moe_combine import moe_combine
+from .moe_dispatch import moe_dispatch
+from .moe_expert_down import moe_expert_down
+from .moe_expert_grad_weight import moe_expert_grad_weight
+from .moe_expert_up import moe_expert_up
+from .moe_route import moe_route
+
+ALL_OPS = (moe_route, moe_dispatch, moe_expert_up, moe_expert_down, moe_expert_grad_weight, moe_combine)
+
+__all__ = [
+    "ALL_OPS",
+    "moe_combine",
+    "moe_dispatch",
+    "moe_expert_down",
+    "moe_expert_grad_weight",
+    "moe_expert_up",
+    "moe_route",
+]

@@ -21,7 +21,7 @@ SCHEMAS = {
     ),
     "moe_dispatch": "(Tensor ids, int num_experts) -> (Tensor order, Tensor token, Tensor offsets)",
     "moe_expert_up": (
-        "(Tensor hidden, Tensor w13, Tensor? b13, Tensor token, Tensor offsets, int top_k,"
+        "(Tensor hidden, Tensor w13, Tensor? b13, Tensor order, Tensor offsets, int top_k,"
         " str act='identity', bool interleaved=False) -> Tensor"
     ),
     "moe_expert_down": "(Tensor act, Tensor w2, Tensor? b2, Tensor order, Tensor offsets) -> Tensor",

@@ -1,0 +1,267 @@
+"""The activation between the two expert GEMMs as a small formula language: `"silu(g) * u"`, `"square(relu(g))"`.
+
+`g` is the gate half of the pre-activation, `u` the up half; a formula without `u` belongs to ungated experts. A
+formula is parsed with Python's own grammar and every node is checked against a whitelist, so the text that reaches
+generated kernels is always ours, never the caller's. One formula serves the eager kernels (torch), the backward
+(`derivative`) and the generated Triton (`to_triton`).
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import MoEOptionError
+
+IDENTITY = "identity"
+MAX_FORMULA_LENGTH = 4000
+
+ALIASES = {
+    "swiglu": "silu(g) * u",
+    "geglu": "gelu(g) * u",
+    "geglu_tanh": "gelu_tanh(g) * u",
+    "reglu": "relu(g) * u",
+    "swiglu_oai": "(max(min(u, 7.0), -7.0) + 1.0) * (min(g, 7.0) * sigmoid(min(g, 7.0) * 1.702))",
+    "silu": "silu(g)",
+    "gelu": "gelu(g)",
+    "gelu_tanh": "gelu_tanh(g)",
+    "relu": "relu(g)",
+    "relu2": "square(relu(g))",
+}
+
+_SQRT_HALF = math.sqrt(0.5)
+_GELU_TANH_A = math.sqrt(2.0 / math.pi)
+_GELU_TANH_B = 0.044715
+
+
+def _fmin(a: Any, b: Any) -> Tensor:
+    return torch.clamp(a, max=b) if isinstance(a, Tensor) else torch.clamp(b, max=a)
+
+
+def _fmax(a: Any, b: Any) -> Tensor:
+    return torch.clamp(a, min=b) if isinstance(a, Tensor) else torch.clamp(b, min=a)
+
+
+def _ge(a: Any, b: Any) -> Tensor:
+    pick = a if isinstance(a, Tensor) else b
+    return torch.ge(torch.as_tensor(a, dtype=pick.dtype, device=pick.device), b).to(pick.dtype)
+
+
+# name -> (torch, Triton text with {0} {1}, number of arguments)
+FUNCTIONS: dict[str, tuple[Callable[..., Tensor], str, int]] = {
+    "sigmoid": (torch.sigmoid, "tl.sigmoid({0})", 1),
+    "silu": (torch.nn.functional.silu, "({0} * tl.sigmoid({0}))", 1),
+    "gelu": (torch.nn.functional.gelu, f"(0.5 * {{0}} * (1.0 + tl.erf({{0}} * {_SQRT_HALF!r})))", 1),
+    "gelu_tanh": (
+        functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+        f"({{0}} * tl.sigmoid({2 * _GELU_TANH_A!r} * ({{0}} + {_GELU_TANH_B!r} * {{0}} * {{0}} * {{0}})))",
+        1,
+    ),
+    "relu": (torch.relu, "tl.maximum({0}, 0.0, propagate_nan=tl.PropagateNan.ALL)", 1),
+    "square": (torch.square, "({0} * {0})", 1),
+    "exp": (torch.exp, "tl.exp({0})", 1),
+    "log": (torch.log, "tl.log({0})", 1),
+    "erf": (torch.erf, "tl.erf({0})", 1),
+    "sqrt": (torch.sqrt, "tl.sqrt({0})", 1),
+    "abs": (torch.abs, "tl.abs({0})", 1),
+    # 2 sigmoid(2x) - 1: absolute error 1e-7, no libdevice needed
+    "tanh": (torch.tanh, "(2.0 * tl.sigmoid(2.0 * {0}) - 1.0)", 1),
+    "min": (_fmin, "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)", 2),
+    "max": (_fmax, "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)", 2),
+    "ge": (_ge, "({0} >= {1}).to(tl.float32)", 2),
+}
+
+_OPERATORS: dict[type, str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+
+# d f(x) / dx as formulas of x; `min`, `max` are handled in `_derive`
+_DERIVATIVES = {
+    "sigmoid": "sigmoid(x) * (1.0 - sigmoid(x))",
+    "silu": "sigmoid(x) * (1.0 + x * (1.0 - sigmoid(x)))",
+    "gelu": f"0.5 * (1.0 + erf(x * {_SQRT_HALF!r})) + x * exp(-0.5 * x * x) * {1 / math.sqrt(2 * math.pi)!r}",
+    "gelu_tanh": (
+        f"0.5 * (1.0 + tanh({_GELU_TANH_A!r} * (x + {_GELU_TANH_B!r} * x * x * x)))"
+        f" + 0.5 * x * (1.0 - square(tanh({_GELU_TANH_A!r} * (x + {_GELU_TANH_B!r} * x * x * x))))"
+        f" * {_GELU_TANH_A!r} * (1.0 + {3 * _GELU_TANH_B!r} * x * x)"
+    ),
+    "relu": "1.0 - ge(0.0, x)",
+    "square": "2.0 * x",
+    "exp": "exp(x)",
+    "log": "1.0 / x",
+    "erf": f"{2 / math.sqrt(math.pi)!r} * exp(-x * x)",
+    "sqrt": "0.5 / sqrt(x)",
+    "abs": "ge(x, 0.0) - ge(0.0, x)",
+    "tanh": "1.0 - square(tanh(x))",
+    "ge": "0.0",
+}
+
+
+def _unknown(act: str) -> BaseException:
+    return MoEOptionError.of(
+        "act",
+        expected=f"one of {sorted([IDENTITY, *ALIASES])} or a formula of g, u, numbers, + - * / and {sorted(FUNCTIONS)}",
+        got=repr(act[:200]),
+        hint='Example: act="silu(g) * u".',
+    )
+
+
+def _check(node: ast.expr, act: str) -> None:
+    """Raise unless every node is whitelisted."""
+    match node:
+        case ast.Constant(value=bool()):
+            raise _unknown(act)
+        case ast.Constant(value=int() | float() as value) if math.isfinite(value):
+            return
+        case ast.Name(id="g" | "u"):
+            return
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            _check(left, act)
+            _check(right, act)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            _check(operand, act)
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if (
+            name in FUNCTIONS and len(args) == FUNCTIONS[name][2]
+        ):
+            for arg in args:
+                _check(arg, act)
+        case _:
+            raise _unknown(act)
+
+
+@functools.lru_cache(maxsize=512)
+def _parse(act: str) -> ast.expr:
+    text = ALIASES.get(act, act)
+    if len(text) > MAX_FORMULA_LENGTH:
+        raise _unknown(act)
+    try:
+        node = ast.parse(text, mode="eval").body
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise _unknown(act) from error
+    _check(node, act)
+    if not any(isinstance(n, ast.Name) and n.id in ("g", "u") for n in ast.walk(node)):
+        raise _unknown(act)
+    return node
+
+
+def canonical(act: str) -> str:
+    """The formula behind a name or formula, in one spelling; `MoEOptionError` when it is neither."""
+    return IDENTITY if act == IDENTITY else ast.unparse(_parse(act))
+
+
+@functools.lru_cache(maxsize=512)
+def is_gated(act: str) -> bool:
+    """Whether the formula reads `u`, so that w13 holds two halves of width I each."""
+    return act != IDENTITY and any(isinstance(n, ast.Name) and n.id == "u" for n in ast.walk(_parse(act)))
+
+
+def intermediate_size(act: str, width_J: int) -> int:
+    """Columns of the up stage's output for a weight of `width_J` rows: J for identity and ungated, J // 2 for gated."""
+    return width_J // 2 if is_gated(act) else width_J
+
+
+def split_gate(pre_NJ: Tensor, act: str, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Views (gate_NI, up_NI) of a pre-activation [N, J] of any dtype; both are the input for ungated formulas."""
+    if not is_gated(act):
+        return pre_NJ, pre_NJ
+    if interleaved:
+        return pre_NJ[:, 0::2], pre_NJ[:, 1::2]
+    half = pre_NJ.shape[1] // 2
+    return pre_NJ[:, :half], pre_NJ[:, half:]
+
+
+@functools.lru_cache(maxsize=512)
+def _compiled(act: str) -> Callable[[Tensor, Tensor], Tensor]:
+    names = {name: function for name, (function, _, _) in FUNCTIONS.items()}
+    code = compile(ast.fix_missing_locations(ast.Expression(_parse(act))), f"<act {act[:40]}>", "eval")
+    # the tree holds whitelisted nodes only (see _check), so evaluating it can reach nothing but FUNCTIONS
+    return lambda g, u: eval(code, {"__builtins__": {}}, {**names, "g": g, "u": u})
+
+
+def evaluate(act: str, gate_NI: Tensor, up_NI: Tensor) -> Tensor:
+    """The activation [N, I] of gate and up [N, I] in their own floating dtype."""
+    return _compiled(act)(gate_NI, up_NI)
+
+
+def _text(template: str, **parts: ast.expr) -> ast.expr:
+    """Parse one of our own formula texts, replacing names by trees."""
+
+    class Fill(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.expr:
+            return parts.get(node.id, node)
+
+    return Fill().visit(ast.parse(template, mode="eval").body)
+
+
+def _is_zero(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value == 0
+
+
+def _derive(node: ast.expr, name: str) -> ast.expr:
+    """d node / d name; zero is `Constant(0.0)`, and products with it are dropped."""
+    zero = ast.Constant(0.0)
+    match node:
+        case ast.Constant():
+            return zero
+        case ast.Name(id=found):
+            return ast.Constant(1.0 if found == name else 0.0)
+        case ast.UnaryOp(operand=operand):
+            inner = _derive(operand, name)
+            return zero if _is_zero(inner) else _text("-a", a=inner)
+        case ast.BinOp(left=a, op=op, right=b):
+            da, db = _derive(a, name), _derive(b, name)
+            if _is_zero(da) and _is_zero(db):
+                return zero
+            rule = {ast.Add: "da + db", ast.Sub: "da - db", ast.Mult: "da * b + a * db", ast.Div: "da / b - a * db / (b * b)"}
+            return _text(rule[type(op)], a=a, b=b, da=da, db=db)
+        case ast.Call(func=ast.Name(id="min" | "max" as kind), args=[a, b]):
+            da, db = _derive(a, name), _derive(b, name)
+            if _is_zero(da) and _is_zero(db):
+                return zero
+            # at equality the first argument passes the gradient, as torch.clamp does for its input
+            chosen = "ge(b, a)" if kind == "min" else "ge(a, b)"
+            return _text(f"{chosen} * da + (1.0 - {chosen}) * db", a=a, b=b, da=da, db=db)
+        case ast.Call(func=ast.Name(id=function), args=[a]):
+            da = _derive(a, name)
+            return zero if _is_zero(da) else _text(f"({_DERIVATIVES[function]}) * da", x=a, da=da)
+        case ast.Call():
+            return zero
+    raise AssertionError(f"unreachable: {ast.dump(node)}")
+
+
+@functools.lru_cache(maxsize=512)
+def _compiled_derivative(act: str, name: str) -> Callable[[Tensor, Tensor], Any]:
+    names = {key: function for key, (function, _, _) in FUNCTIONS.items()}
+    tree = ast.Expression(_derive(_parse(act), name))
+    code = compile(ast.fix_missing_locations(tree), f"<d act {act[:40]}>", "eval")
+    return lambda g, u: eval(code, {"__builtins__": {}}, {**names, "g": g, "u": u})
+
+
+def derivative(act: str, name: str, gate_NI: Tensor, up_NI: Tensor) -> Tensor:
+    """d act / d g (`name="g"`) or d act / d u (`name="u"`), [N, I] in the dtype of the inputs."""
+    value = _compiled_derivative(act, name)(gate_NI, up_NI)
+    return value if isinstance(value, Tensor) else torch.full_like(gate_NI, value)
+
+
+def to_triton(act: str, gate: str, up: str) -> str:
+    """The formula as a Triton expression over fp32 blocks called `gate` and `up` (trusted names of our templates)."""
+
+    def emit(node: ast.expr) -> str:
+        match node:
+            case ast.Constant(value=value):
+                return repr(float(value))
+            case ast.Name(id=name):
+                return gate if name == "g" else up
+            case ast.UnaryOp(operand=operand):
+                return f"(-{emit(operand)})"
+            case ast.BinOp(left=left, op=op, right=right):
+                return f"({emit(left)} {_OPERATORS[type(op)]} {emit(right)})"
+            case ast.Call(func=ast.Name(id=name), args=args):
+                return FUNCTIONS[name][1].format(*map(emit, args))
+        raise AssertionError(f"unreachable: {ast.dump(node)}")
+
+    return emit(_parse(act))

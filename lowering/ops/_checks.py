@@ -1,0 +1,76 @@
+"""Argument checks of the ops: static properties only, so that they hold for symbolic sizes and cost a few hundred ns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import MoEDeviceError, MoEDtypeError, MoEShapeError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTS = (torch.int32, torch.int64)
+
+
+def check_rank(where: str, name: str, tensor: Tensor, rank: int) -> None:
+    """`MoEShapeError` unless `tensor` (any dtype) has `rank` dimensions, e.g. [T, H] for rank 2."""
+    if tensor.dim() != rank:
+        raise MoEShapeError.of(
+            where,
+            expected=f"{name} of rank {rank}",
+            got=f"shape {tuple(tensor.shape)}",
+            hint="Flatten batch and sequence to one token dimension first.",
+        )
+
+
+def check_float(where: str, name: str, tensor: Tensor) -> None:
+    """`MoEDtypeError` unless `tensor` of any shape [..., H] is fp32, fp16, bf16 or fp64."""
+    if tensor.dtype not in FLOATS:
+        raise MoEDtypeError.of(
+            where,
+            expected=f"{name} in fp32, fp16, bf16 or fp64",
+            got=str(tensor.dtype),
+            hint="Cast it; quantised experts are not covered by this op.",
+        )
+
+
+def check_int(where: str, name: str, tensor: Tensor) -> None:
+    """`MoEDtypeError` unless `tensor` of any shape [N] is int32 or int64."""
+    if tensor.dtype not in INTS:
+        raise MoEDtypeError.of(
+            where, expected=f"{name} in int32 or int64", got=str(tensor.dtype), hint="Use the ids that moe_route returned."
+        )
+
+
+def check_same(where: str, first: tuple[str, Tensor], other: tuple[str, Tensor | None]) -> None:
+    """`MoEDtypeError` / `MoEDeviceError` unless both tensors, of any shape [..., H], share dtype and device."""
+    (name, tensor), (other_name, other_tensor) = first, other
+    if other_tensor is None:
+        return
+    if tensor.dtype != other_tensor.dtype:
+        raise MoEDtypeError.of(
+            where,
+            expected=f"{other_name} in the dtype of {name} ({tensor.dtype})",
+            got=str(other_tensor.dtype),
+            hint=f"Cast one of them: {other_name}.to({name}.dtype).",
+        )
+    check_device(where, first, other)
+
+
+def check_device(where: str, first: tuple[str, Tensor], other: tuple[str, Tensor | None]) -> None:
+    """`MoEDeviceError` unless both tensors, of any shape [..., H] and dtype, live on one device."""
+    (name, tensor), (other_name, other_tensor) = first, other
+    if other_tensor is not None and tensor.device != other_tensor.device:
+        raise MoEDeviceError.of(
+            where,
+            expected=f"{other_name} on {tensor.device} like {name}",
+            got=str(other_tensor.device),
+            hint="Move all tensors of the block to one device.",
+        )
+
+
+def check_size(where: str, what: str, size: int, wanted: int) -> None:
+    """`MoEShapeError` unless a static size (e.g. H of a weight [E, J, H], any dtype) is `wanted`; symbols pass."""
+    if isinstance(size, int) and isinstance(wanted, int) and size != wanted:
+        raise MoEShapeError.of(
+            where, expected=f"{what} = {wanted}", got=str(size), hint="Check that the tensors belong to one layer."
+        )

@@ -1,0 +1,69 @@
+"""`diffulex::moe_expert_grad_weight`: the weight gradient of both expert GEMMs, a ragged sum of outer products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._checks import check_device, check_float, check_int, check_rank, check_same
+from ._grouped import expert_of_rows
+from ._launch import launcher
+from ._library import register
+
+_NAME = "diffulex::moe_expert_grad_weight"
+
+
+def _validate(
+    left: Tensor, right: Tensor, left_index_N: Tensor | None, right_index_N: Tensor | None, offsets_E1: Tensor
+) -> None:
+    check_rank(_NAME, "left [*, L]", left, 2)
+    check_rank(_NAME, "right [*, R]", right, 2)
+    check_rank(_NAME, "offsets [E+1]", offsets_E1, 1)
+    check_float(_NAME, "left", left)
+    check_same(_NAME, ("left", left), ("right", right))
+    check_device(_NAME, ("left", left), ("offsets", offsets_E1))
+    for name, index_N in (("left_index", left_index_N), ("right_index", right_index_N)):
+        if index_N is not None:
+            check_rank(_NAME, f"{name} [N]", index_N, 1)
+            check_int(_NAME, name, index_N)
+            check_device(_NAME, ("left", left), (name, index_N))
+
+
+def _rows(tensor: Tensor, index_N: Tensor | None) -> Tensor:
+    return tensor if index_N is None else tensor.index_select(0, index_N)
+
+
+def _cpu(
+    left: Tensor, right: Tensor, left_index_N: Tensor | None, right_index_N: Tensor | None, offsets_E1: Tensor
+) -> Tensor:
+    _validate(left, right, left_index_N, right_index_N, offsets_E1)
+    left_NL, right_NR = _rows(left, left_index_N), _rows(right, right_index_N)
+    bounds = offsets_E1.tolist()
+    grad_ELR = left.new_zeros(len(bounds) - 1, left.shape[1], right.shape[1])
+    for expert, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if start < end:
+            torch.mm(left_NL[start:end].t(), right_NR[start:end], out=grad_ELR[expert])
+    return grad_ELR
+
+
+def _cuda(
+    left: Tensor, right: Tensor, left_index_N: Tensor | None, right_index_N: Tensor | None, offsets_E1: Tensor
+) -> Tensor:
+    _validate(left, right, left_index_N, right_index_N, offsets_E1)
+    if left.dtype != torch.float64:
+        return launcher().moe_expert_grad_weight(left, right, left_index_N, right_index_N, offsets_E1)
+    left_NL, right_NR = _rows(left, left_index_N), _rows(right, right_index_N)
+    expert_N, valid_N = expert_of_rows(offsets_E1, left_NL.shape[0])
+    experts_E1 = torch.arange(offsets_E1.shape[0] - 1, device=left.device).unsqueeze(1)
+    member_EN = ((expert_N == experts_E1) & valid_N).to(left.dtype)
+    return torch.einsum("en,nl,nr->elr", member_EN, left_NL, right_NR)
+
+
+def _fake(
+    left: Tensor, right: Tensor, left_index_N: Tensor | None, right_index_N: Tensor | None, offsets_E1: Tensor
+) -> Tensor:
+    _validate(left, right, left_index_N, right_index_N, offsets_E1)
+    return left.new_empty(offsets_E1.shape[0] - 1, left.shape[1], right.shape[1])
+
+
+moe_expert_grad_weight = register("moe_expert_grad_weight", cpu=_cpu, cuda=_cuda, fake=_fake)
