@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,12 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], str, int]] = {
 }
 
 _OPERATORS: dict[type, str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+_ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 # d f(x) / dx as formulas of x; `min`, `max` are handled in `_derive`
 _DERIVATIVES = {
@@ -174,17 +181,25 @@ def split_gate(pre_NJ: Tensor, act: str, interleaved: bool) -> tuple[Tensor, Ten
     return pre_NJ[:, :half], pre_NJ[:, half:]
 
 
-@functools.lru_cache(maxsize=512)
-def _compiled(act: str) -> Callable[[Tensor, Tensor], Tensor]:
-    names = {name: function for name, (function, _, _) in FUNCTIONS.items()}
-    code = compile(ast.fix_missing_locations(ast.Expression(_parse(act))), f"<act {act[:40]}>", "eval")
-    # the tree holds whitelisted nodes only (see _check), so evaluating it can reach nothing but FUNCTIONS
-    return lambda g, u: eval(code, {"__builtins__": {}}, {**names, "g": g, "u": u})
+def _interpret(node: ast.expr, gate_NI: Tensor, up_NI: Tensor) -> Any:
+    """Value of a checked tree: a tensor [N, I], or a number where no operand is a tensor."""
+    match node:
+        case ast.Constant(value=value):
+            return value
+        case ast.Name(id=name):
+            return gate_NI if name == "g" else up_NI
+        case ast.UnaryOp(operand=operand):
+            return -_interpret(operand, gate_NI, up_NI)
+        case ast.BinOp(left=left, op=op, right=right):
+            return _ARITHMETIC[type(op)](_interpret(left, gate_NI, up_NI), _interpret(right, gate_NI, up_NI))
+        case ast.Call(func=ast.Name(id=name), args=args):
+            return FUNCTIONS[name][0](*(_interpret(arg, gate_NI, up_NI) for arg in args))
+    raise AssertionError(f"unreachable: {ast.dump(node)}")
 
 
 def evaluate(act: str, gate_NI: Tensor, up_NI: Tensor) -> Tensor:
     """The activation [N, I] of gate and up [N, I] in their own floating dtype."""
-    return _compiled(act)(gate_NI, up_NI)
+    return _interpret(_parse(act), gate_NI, up_NI)
 
 
 def _text(template: str, **parts: ast.expr) -> ast.expr:
@@ -234,16 +249,13 @@ def _derive(node: ast.expr, name: str) -> ast.expr:
 
 
 @functools.lru_cache(maxsize=512)
-def _compiled_derivative(act: str, name: str) -> Callable[[Tensor, Tensor], Any]:
-    names = {key: function for key, (function, _, _) in FUNCTIONS.items()}
-    tree = ast.Expression(_derive(_parse(act), name))
-    code = compile(ast.fix_missing_locations(tree), f"<d act {act[:40]}>", "eval")
-    return lambda g, u: eval(code, {"__builtins__": {}}, {**names, "g": g, "u": u})
+def _derivative_tree(act: str, name: str) -> ast.expr:
+    return _derive(_parse(act), name)
 
 
 def derivative(act: str, name: str, gate_NI: Tensor, up_NI: Tensor) -> Tensor:
     """d act / d g (`name="g"`) or d act / d u (`name="u"`), [N, I] in the dtype of the inputs."""
-    value = _compiled_derivative(act, name)(gate_NI, up_NI)
+    value = _interpret(_derivative_tree(act, name), gate_NI, up_NI)
     return value if isinstance(value, Tensor) else torch.full_like(gate_NI, value)
 
 
