@@ -1,0 +1,44 @@
+"""The environment variables of diffulex and lowering, at most five, all read here and once, at import.
+
+DIFFULEX_DISABLE=1   start switched off, as inside `diffulex.disabled()`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+
+from .errors import MoEOptionError
+
+_FLAGS = {"": False, "0": False, "1": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the environment asked for when the process started.
+
+    disable  start switched off (DIFFULEX_DISABLE)
+    """
+
+    disable: bool = False
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """Read the variables from `environ`; a value without a meaning raises `MoEOptionError` instead of being ignored."""
+    return Settings(disable=_flag(environ, "DIFFULEX_DISABLE"))
+
+
+def _flag(environ: Mapping[str, str], name: str) -> bool:
+    value = environ.get(name, "")
+    if value not in _FLAGS:
+        raise MoEOptionError.of(
+            f"environment variable {name}",
+            expected="0, 1 or nothing",
+            got=repr(value),
+            hint=f"Set {name}=1 to switch it on, or unset it.",
+        )
+    return _FLAGS[value]
+
+
+SETTINGS = read_settings(os.environ)

@@ -1,0 +1,32 @@
+"""Shared set-up of the suite: no network, hypothesis profiles, and GPU tests skipped where there is no GPU.
+
+`pytest --hypothesis-profile=nightly` (or `release`) asks for more examples; the default, `ci`, is the same each time.
+"""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Compiling takes longer than any deadline that would still catch something.
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", derandomize=True, max_examples=50, database=None, **_COMMON)
+settings.register_profile("nightly", max_examples=1_000, print_blob=True, **_COMMON)
+settings.register_profile("release", max_examples=10_000, print_blob=True, **_COMMON)
+settings.load_profile("ci")  # the command line option is applied after this file
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False here")
+    for item in marked:
+        item.add_marker(skip)
