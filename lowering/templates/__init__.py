@@ -1,0 +1,1 @@
+"""Kernel templates and their two hosts. Importing this package does not import triton."""

@@ -1,0 +1,48 @@
+"""A schedule is data: tile shape, warps, pipeline depth of one expert GEMM, and the token range it is meant for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Schedule:
+    """Launch parameters of one expert GEMM. Blocks in elements; `block_n` counts output columns (gated: both halves)."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def shared_memory(self, *, gated: bool, element_size: int) -> int:
+        """Bytes of shared memory for the pipelined operand tiles."""
+        rows = self.block_m + self.block_n * (2 if gated else 1)
+        return rows * self.block_k * element_size * self.num_stages
+
+    def accumulators_per_thread(self, *, gated: bool) -> int:
+        """fp32 accumulator registers a thread holds."""
+        return self.block_m * self.block_n * (2 if gated else 1) // (32 * self.num_warps)
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmShape:
+    """One expert GEMM: E experts, K per token, reduction width, output width, gated (two weight halves per column)."""
+
+    num_experts: int
+    top_k: int
+    depth: int
+    width: int
+    gated: bool
+    element_size: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRange:
+    """A schedule and the largest token count it is for; `None` means no upper bound."""
+
+    max_tokens: int | None
+    schedule: Schedule

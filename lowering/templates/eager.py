@@ -1,0 +1,159 @@
+"""CUDA kernels of the ops outside a compiled graph: the same templates, launched by the standalone host.
+
+The schedule comes from the cost model with the call's own token count; nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..activation import IDENTITY, canonical, intermediate_size, is_gated
+from ..schedule.device import device_spec
+from ..schedule.plan import schedule_for
+from ..schedule.schedule import GemmShape, Schedule
+from . import standalone
+from .render import ExpertGemmVariant, GradWeightVariant
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How fp32 operands are multiplied: tf32 only where torch allows it for its own matmuls."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two >= number, at least 2: block sizes of index vectors."""
+    return max(2, 1 << (number - 1).bit_length())
+
+
+def index_type(*tensors: Tensor) -> str:
+    """Index type for flat offsets into tensors of any shape [N, H] and dtype."""
+    return "tl.int64" if any(t.numel() >= 2**31 for t in tensors) else "tl.int32"
+
+
+def gemm_grid(rows: int, width: int, num_experts: int, schedule: Schedule) -> int:
+    """Programs of one expert GEMM: an upper bound without knowing the routing; surplus programs leave at once."""
+    row_tiles = min(rows, -(-rows // schedule.block_m) + num_experts + 1)
+    return row_tiles * -(-width // schedule.block_n)
+
+
+def _expert_gemm(
+    variant: ExpertGemmVariant, tensors: dict[str, Tensor], top_k: int, schedule: Schedule | None = None
+) -> None:
+    weight_EYX, out_NY = tensors["W"], tensors["OUT"]
+    num_experts, _, depth = weight_EYX.shape
+    rows, width = out_NY.shape
+    if schedule is None:
+        shape = GemmShape(num_experts, top_k, depth, width, is_gated(variant.act), weight_EYX.element_size())
+        schedule = schedule_for(-(-rows // top_k), shape, device_spec(out_NY.device.index or 0))
+    constants = gemm_constants(num_experts, top_k, width, schedule)
+    constants["INDEX_DTYPE"] = index_type(out_NY)
+    standalone.launch(
+        variant.source(),
+        tensors,
+        name=variant.name,
+        constants=constants,
+        grid=(gemm_grid(rows, width, num_experts, schedule),),
+        num_warps=schedule.num_warps,
+        num_stages=schedule.num_stages,
+    )
+
+
+def gemm_constants(num_experts: int, top_k: int, width: int, schedule: Schedule) -> dict[str, standalone.Constant]:
+    """The constexprs of `moe_expert_gemm.jinja`."""
+    return {
+        "NUM_EXPERTS": num_experts,
+        "E_POW2": power_of_two(num_experts),
+        "TOP_K": top_k,
+        "WIDTH_N": width,
+        "BLOCK_M": schedule.block_m,
+        "BLOCK_N": schedule.block_n,
+        "BLOCK_K": schedule.block_k,
+    }
+
+
+def moe_expert_up(
+    hidden_TH: Tensor,
+    w13_EJH: Tensor,
+    b13_EJ: Tensor | None,
+    order_N: Tensor,
+    offsets_E1: Tensor,
+    act: str = IDENTITY,
+    interleaved: bool = False,
+    *,
+    schedule: Schedule | None = None,
+) -> Tensor:
+    """CUDA kernel of `diffulex::moe_expert_up`: act_NI [N, I] in the dtype of hidden (fp32, fp16 or bf16)."""
+    act = canonical(act)
+    rows = order_N.shape[0]
+    top_k = rows // max(1, hidden_TH.shape[0])
+    out_NI = hidden_TH.new_empty(rows, intermediate_size(act, w13_EJH.shape[1]))
+    variant = ExpertGemmVariant(
+        gather=True,
+        scatter=False,
+        bias=b13_EJ is not None,
+        act=act,
+        interleaved=interleaved,
+        even_k=hidden_TH.shape[1] % 128 == 0,
+        precision=dot_precision(hidden_TH.dtype),
+    )
+    tensors = {"A": hidden_TH, "W": w13_EJH, "ORDER": order_N, "OFFSETS": offsets_E1, "OUT": out_NI}
+    if b13_EJ is not None:
+        tensors["BIAS"] = b13_EJ
+    _expert_gemm(variant, tensors, max(1, top_k), schedule)
+    return out_NI
+
+
+def moe_expert_down(
+    act_NI: Tensor,
+    w2_EHI: Tensor,
+    b2_EH: Tensor | None,
+    order_N: Tensor,
+    offsets_E1: Tensor,
+    *,
+    schedule: Schedule | None = None,
+) -> Tensor:
+    """CUDA kernel of `diffulex::moe_expert_down`: slots_NH [N, H] in the dtype of act (fp32, fp16 or bf16)."""
+    out_NH = act_NI.new_empty(act_NI.shape[0], w2_EHI.shape[1])
+    variant = ExpertGemmVariant(
+        gather=False,
+        scatter=True,
+        bias=b2_EH is not None,
+        even_k=act_NI.shape[1] % 128 == 0,
+        precision=dot_precision(act_NI.dtype),
+    )
+    tensors = {"A": act_NI, "W": w2_EHI, "ORDER": order_N, "OFFSETS": offsets_E1, "OUT": out_NH}
+    if b2_EH is not None:
+        tensors["BIAS"] = b2_EH
+    _expert_gemm(variant, tensors, 1, schedule)
+    return out_NH
+
+
+def moe_expert_grad_weight(
+    left: Tensor,
+    right: Tensor,
+    left_index_N: Tensor | None,
+    right_index_N: Tensor | None,
+    offsets_E1: Tensor,
+) -> Tensor:
+    """CUDA kernel of `diffulex::moe_expert_grad_weight`: [E, L, R] in the dtype of left (fp32, fp16 or bf16)."""
+    num_experts, width_l, width_r = offsets_E1.shape[0] - 1, left.shape[1], right.shape[1]
+    out_ELR = left.new_empty(num_experts, width_l, width_r)
+    variant = GradWeightVariant(left_index_N is not None, right_index_N is not None, dot_precision(left.dtype))
+    tensors = {"LEFT": left, "RIGHT": right, "OFFSETS": offsets_E1, "OUT": out_ELR}
+    for name, index_N in (("LEFT_INDEX", left_index_N), ("RIGHT_INDEX", right_index_N)):
+        if index_N is not None:
+            tensors[name] = index_N
+    block = 128 if left.element_size() == 2 else 64
+    block_r = max(16, min(block, power_of_two(width_r)))
+    standalone.launch(
+        variant.source(),
+        tensors,
+        name=variant.name,
+        constants={"BLOCK_L": block, "BLOCK_R": block_r, "BLOCK_K": 32, "INDEX_DTYPE": index_type(out_ELR)},
+        grid=(num_experts * -(-width_l // block) * -(-width_r // block_r),),
+        num_warps=8 if block == 128 else 4,
+        num_stages=3,
+    )
+    return out_ELR

@@ -1,0 +1,110 @@
+"""From a variant to kernel text: our own template pass, which leaves the host's hooks (`{{...}}`) untouched.
+
+The same text is rendered by Inductor (compiled models) and by `standalone` (eager CUDA, interpreter, offline
+checks), so a kernel exists once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from importlib import resources
+
+import jinja2
+
+from ..activation import IDENTITY, canonical, is_gated, to_triton
+
+# angle brackets: the host's hooks keep jinja's braces
+_ENVIRONMENT = jinja2.Environment(
+    block_start_string="<%",
+    block_end_string="%>",
+    variable_start_string="<<",
+    variable_end_string=">>",
+    comment_start_string="{#",
+    comment_end_string="#}",
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
+    keep_trailing_newline=True,
+)
+
+
+@functools.cache
+def template_text(name: str) -> str:
+    """The file `name`.jinja of this package."""
+    return resources.files(__package__).joinpath(f"{name}.jinja").read_text()
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertGemmVariant:
+    """What distinguishes the texts of `moe_expert_gemm.jinja`; sizes and tiles are constants of the host.
+
+    gather     rows of A come through ORDER // TOP_K (up stage)
+    scatter    rows of the output go to ORDER (down stage)
+    act        formula, or identity
+    even_k     the reduction width is a multiple of BLOCK_K: no masks in the loop
+    precision  "ieee" or "tf32" for fp32 operands, no effect on 16-bit ones
+    """
+
+    gather: bool
+    scatter: bool
+    bias: bool
+    act: str = IDENTITY
+    interleaved: bool = False
+    even_k: bool = True
+    precision: str = "ieee"
+
+    def source(self) -> str:
+        """The kernel text with the host's hooks in it."""
+        gated = is_gated(self.act)
+        arguments = ["A", "W", *(["BIAS"] if self.bias else []), "ORDER", "OFFSETS"]
+        return _render(
+            "moe_expert_gemm",
+            arguments=", ".join(f'"{name}"' for name in arguments),
+            gather=self.gather,
+            scatter=self.scatter,
+            bias=self.bias,
+            gated=gated,
+            act=None if self.act == IDENTITY else to_triton(self.act, "acc", "acc_up"),
+            column_step=2 if gated and self.interleaved else 1,
+            up_shift="1" if self.interleaved else "WIDTH_N",
+            even_k=self.even_k,
+            precision=self.precision,
+        )
+
+    @property
+    def name(self) -> str:
+        """A kernel name that is the same for the same text."""
+        stage = "moe_expert_up" if self.gather else "moe_expert_down"
+        fields = dataclasses.replace(self, act=canonical(self.act))
+        return f"{stage}_{hashlib.sha256(repr(fields).encode()).hexdigest()[:8]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class GradWeightVariant:
+    """What distinguishes the texts of `moe_expert_grad_weight.jinja`: which side is read through an index."""
+
+    left_index: bool
+    right_index: bool
+    precision: str = "ieee"
+
+    def source(self) -> str:
+        """The kernel text with the host's hooks in it."""
+        indices = [name for name, used in (("LEFT_INDEX", self.left_index), ("RIGHT_INDEX", self.right_index)) if used]
+        return _render(
+            "moe_expert_grad_weight",
+            arguments=", ".join(f'"{name}"' for name in ("LEFT", "RIGHT", *indices, "OFFSETS")),
+            left_index=self.left_index,
+            right_index=self.right_index,
+            precision=self.precision,
+        )
+
+    @property
+    def name(self) -> str:
+        """A kernel name that is the same for the same text."""
+        return f"moe_expert_grad_weight_{int(self.left_index)}{int(self.right_index)}_{self.precision}"
+
+
+def _render(template: str, **values: object) -> str:
+    return _ENVIRONMENT.from_string(template_text(template)).render(**values)

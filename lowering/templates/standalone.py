@@ -1,0 +1,166 @@
+"""The second host of the kernel templates: renders them without Inductor and launches them on given tensors.
+
+Used by the ops' CUDA kernels in eager mode, by the Triton-interpreter tests and by the offline checks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from torch import Tensor
+
+Constant = int | float | bool | str
+
+_HEADER = "import triton\nimport triton.language as tl\n\n\n@triton.jit\n"
+OUTPUT = "OUT"
+
+
+@dataclasses.dataclass
+class _Hooks:
+    """Implements Inductor's template hooks; sizes and strides become integer arguments of the kernel."""
+
+    kernel_name: str
+    constants: Mapping[str, Constant]
+    output_rank: int
+    pointers: tuple[str, ...] = ()
+    integers: list[tuple[str, str, int]] = dataclasses.field(default_factory=list)
+
+    def def_kernel(self, *names: str) -> str:
+        self.pointers = names
+        return "<DEF_KERNEL>"
+
+    def _integer(self, kind: str, name: str, dim: int) -> str:
+        entry = (kind, name, dim)
+        if entry not in self.integers:
+            self.integers.append(entry)
+        return f"{kind}_{name}_{dim}"
+
+    def size(self, name: str, dim: int) -> str:
+        return self._integer("size", name, dim)
+
+    def stride(self, name: str, dim: int) -> str:
+        return self._integer("stride", name, dim)
+
+    def store_output(
+        self,
+        indices: tuple[str, ...],
+        value: str,
+        mask: str | None = None,
+        indent_width: int = 4,
+        val_shape: tuple[str, ...] | None = None,
+    ) -> str:
+        offset = " + ".join(f"{index} * {self.stride(OUTPUT, dim)}" for dim, index in enumerate(indices))
+        target = f"{OUTPUT} + ({offset})"
+        if val_shape is not None:
+            shape = ", ".join(val_shape)
+            target = f"{OUTPUT} + tl.broadcast_to({offset}, ({shape},))"
+        return f"tl.store({target}, ({value}).to({OUTPUT}.dtype.element_ty), mask={mask})"
+
+    def finish(self, body: str) -> str:
+        arguments = [*self.pointers, OUTPUT, *(f"{kind}_{name}_{dim}" for kind, name, dim in self.integers)]
+        lines = [f"def {self.kernel_name}({', '.join(arguments)}):"]
+        lines += [f"    {name}: tl.constexpr = {value}" for name, value in self.constants.items()]
+        return _HEADER + body.replace("<DEF_KERNEL>", "\n".join(lines), 1) + "\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class StandaloneKernel:
+    """A rendered kernel: text, the tensors it takes in order, and the integers read off them."""
+
+    name: str
+    source: str
+    pointers: tuple[str, ...]
+    integers: tuple[tuple[str, str, int], ...]
+
+    def arguments(self, tensors: Mapping[str, Tensor]) -> list[Any]:
+        """Positional arguments of the kernel: tensors (any shape [T, H] and dtype), then their sizes and strides."""
+        sizes = [
+            tensors[name].size(dim) if kind == "size" else tensors[name].stride(dim)
+            for kind, name, dim in self.integers
+        ]
+        return [*(tensors[name] for name in self.pointers), tensors[OUTPUT], *sizes]
+
+
+@functools.lru_cache(maxsize=1024)
+def render(text: str, name: str, constants: tuple[tuple[str, Constant], ...], output_rank: int) -> StandaloneKernel:
+    """Fill the hooks of a template text. `constants` become both jinja variables and constexprs of the kernel."""
+    hooks = _Hooks(f"_{name}_kernel", dict(constants), output_rank)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
+    body = environment.from_string(text).render(
+        def_kernel=hooks.def_kernel,
+        size=hooks.size,
+        stride=hooks.stride,
+        store_output=hooks.store_output,
+        **dict(constants),
+    )
+    return StandaloneKernel(hooks.kernel_name, hooks.finish(body), hooks.pointers, tuple(hooks.integers))
+
+
+@functools.cache
+def _source_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="diffulex-kernels-"))  # private to the user (0700)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.lru_cache(maxsize=1024)
+def _jit_function(kernel: StandaloneKernel) -> Any:
+    """The `triton.jit` function of a kernel; triton reads its source from a file, so there has to be one."""
+    digest = hashlib.sha256(kernel.source.encode()).hexdigest()[:16]
+    path = _source_folder() / f"{kernel.name}_{digest}.py"
+    path.write_text(kernel.source)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, kernel.name)
+
+
+def compile_only(
+    text: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    name: str,
+    constants: Mapping[str, Constant],
+    num_warps: int,
+    num_stages: int,
+) -> Any:
+    """Compile a template for the active target without running it; `tensors` (any shape [T, H]) may be on meta.
+
+    Returns triton's compiled kernel, whose `asm` and `metadata` hold PTX, cubin and shared memory (bytes).
+    """
+    kernel = render(text, name, tuple(constants.items()), tensors[OUTPUT].dim())
+    arguments = [a.dtype if isinstance(a, Tensor) else a for a in kernel.arguments(tensors)]
+    return _jit_function(kernel).warmup(*arguments, grid=(1,), num_warps=num_warps, num_stages=num_stages)
+
+
+def launch(
+    text: str,
+    tensors: Mapping[str, Tensor],
+    *,
+    name: str,
+    constants: Mapping[str, Constant],
+    grid: tuple[int, ...],
+    num_warps: int,
+    num_stages: int,
+) -> None:
+    """Run a template on tensors named as in its `def_kernel`, plus `OUT`, which `store_output` writes.
+
+    Tensors have any shape [T, H] and dtype the text expects. Nothing is launched for an empty grid.
+    """
+    if 0 in grid:
+        return
+    output = tensors[OUTPUT]
+    kernel = render(text, name, tuple(constants.items()), output.dim())
+    function = _jit_function(kernel)
+    function[grid](*kernel.arguments(tensors), num_warps=num_warps, num_stages=num_stages)
