@@ -12,7 +12,7 @@ START := $(shell date +%s)
 ARGS ?=
 PYTEST_ARGS ?=
 
-elapsed = @echo "$(1): $$(( $$(date +%s) - $(START) )) s, set-up included"
+elapsed = @echo "$(1): $$(( $$(date +%s) - $(START) )) s"
 
 .PHONY: help demo test lint format clean
 
@@ -23,11 +23,11 @@ help:
 
 demo: $(STAMP)
 	@$(BIN)/python -m diffulex demo $(ARGS)
-	$(call elapsed,make demo)
+	$(call elapsed,make demo (set-up included))
 
 test: lint
 	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
-	$(call elapsed,make test)
+	$(call elapsed,make test (set-up included))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
