@@ -22,6 +22,7 @@ from .errors import MoEOptionError
 
 IDENTITY = "identity"
 MAX_FORMULA_LENGTH = 4000
+MAX_FORMULA_DEPTH = 100
 
 ALIASES = {
     "swiglu": "silu(g) * u",
@@ -111,33 +112,43 @@ _DERIVATIVES = {
 def _unknown(act: str) -> BaseException:
     return MoEOptionError.of(
         "act",
-        expected=f"one of {sorted([IDENTITY, *ALIASES])} or a formula of g, u, numbers, + - * / and {sorted(FUNCTIONS)}",
+        expected=f"one of {sorted([IDENTITY, *ALIASES])} or "
+        f"a formula of g, u, numbers, + - * / and {sorted(FUNCTIONS)}",
         got=repr(act[:200]),
         hint='Example: act="silu(g) * u".',
     )
 
 
-def _check(node: ast.expr, act: str) -> None:
-    """Raise unless every node is whitelisted."""
+def _check(node: ast.expr, act: str, depth: int = 0) -> float | None:
+    """Raise unless every node is whitelisted. The value of a tree of numbers alone, None where g or u is read."""
+    if depth > MAX_FORMULA_DEPTH:
+        raise _unknown(act)
     match node:
         case ast.Constant(value=bool()):
             raise _unknown(act)
-        case ast.Constant(value=int() | float() as value) if math.isfinite(value):
-            return
+        case ast.Constant(value=int() | float() as number):
+            value = float(number)
         case ast.Name(id="g" | "u"):
-            return
+            return None
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            _check(left, act)
-            _check(right, act)
+            first, second = _check(left, act, depth + 1), _check(right, act, depth + 1)
+            if first is None or second is None:
+                return None
+            value = _ARITHMETIC[type(op)](first, second)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            _check(operand, act)
+            inner = _check(operand, act, depth + 1)
+            return None if inner is None else -inner
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if (
             name in FUNCTIONS and len(args) == FUNCTIONS[name][2]
         ):
-            for arg in args:
-                _check(arg, act)
+            if None not in [_check(arg, act, depth + 1) for arg in args]:
+                raise _unknown(act)  # the functions take tensors
+            return None
         case _:
             raise _unknown(act)
+    if not math.isfinite(value):
+        raise _unknown(act)
+    return value
 
 
 @functools.lru_cache(maxsize=512)
@@ -147,10 +158,12 @@ def _parse(act: str) -> ast.expr:
         raise _unknown(act)
     try:
         node = ast.parse(text, mode="eval").body
-    except (SyntaxError, RecursionError, MemoryError) as error:
+        value = _check(node, act)
+    except MoEOptionError:
+        raise
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
         raise _unknown(act) from error
-    _check(node, act)
-    if not any(isinstance(n, ast.Name) and n.id in ("g", "u") for n in ast.walk(node)):
+    if value is not None:
         raise _unknown(act)
     return node
 
@@ -184,8 +197,8 @@ def split_gate(pre_NJ: Tensor, act: str, interleaved: bool) -> tuple[Tensor, Ten
 def _interpret(node: ast.expr, gate_NI: Tensor, up_NI: Tensor) -> Any:
     """Value of a checked tree: a tensor [N, I], or a number where no operand is a tensor."""
     match node:
-        case ast.Constant(value=value):
-            return value
+        case ast.Constant(value=int() | float() as value):
+            return float(value)
         case ast.Name(id=name):
             return gate_NI if name == "g" else up_NI
         case ast.UnaryOp(operand=operand):
@@ -231,7 +244,12 @@ def _derive(node: ast.expr, name: str) -> ast.expr:
             da, db = _derive(a, name), _derive(b, name)
             if _is_zero(da) and _is_zero(db):
                 return zero
-            rule = {ast.Add: "da + db", ast.Sub: "da - db", ast.Mult: "da * b + a * db", ast.Div: "da / b - a * db / (b * b)"}
+            rule = {
+                ast.Add: "da + db",
+                ast.Sub: "da - db",
+                ast.Mult: "da * b + a * db",
+                ast.Div: "da / b - a * db / (b * b)",
+            }
             return _text(rule[type(op)], a=a, b=b, da=da, db=db)
         case ast.Call(func=ast.Name(id="min" | "max" as kind), args=[a, b]):
             da, db = _derive(a, name), _derive(b, name)
@@ -264,7 +282,7 @@ def to_triton(act: str, gate: str, up: str) -> str:
 
     def emit(node: ast.expr) -> str:
         match node:
-            case ast.Constant(value=value):
+            case ast.Constant(value=int() | float() as value):
                 return repr(float(value))
             case ast.Name(id=name):
                 return gate if name == "g" else up
