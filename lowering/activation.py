@@ -176,7 +176,7 @@ def canonical(act: str) -> str:
 @functools.lru_cache(maxsize=512)
 def is_gated(act: str) -> bool:
     """Whether the formula reads `u`, so that w13 holds two halves of width I each."""
-    return act != IDENTITY and any(isinstance(n, ast.Name) and n.id == "u" for n in ast.walk(_parse(act)))
+    return act != IDENTITY and _reads(_parse(act), "u")
 
 
 def intermediate_size(act: str, width_J: int) -> int:
@@ -225,6 +225,10 @@ def _text(template: str, **parts: ast.expr) -> ast.expr:
     return Fill().visit(ast.parse(template, mode="eval").body)
 
 
+def _reads(node: ast.expr, *names: str) -> bool:
+    return any(isinstance(n, ast.Name) and n.id in names for n in ast.walk(node))
+
+
 def _is_zero(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value == 0
 
@@ -255,7 +259,9 @@ def _derive(node: ast.expr, name: str) -> ast.expr:
             da, db = _derive(a, name), _derive(b, name)
             if _is_zero(da) and _is_zero(db):
                 return zero
-            # at equality the first argument passes the gradient, as torch.clamp does for its input
+            if not _reads(a, "g", "u"):
+                a, b, da, db = b, a, db, da
+            # at equality the first tensor passes the gradient, as torch.clamp does for its input
             chosen = "ge(b, a)" if kind == "min" else "ge(a, b)"
             return _text(f"{chosen} * da + (1.0 - {chosen}) * db", a=a, b=b, da=da, db=db)
         case ast.Call(func=ast.Name(id=function), args=[a]):
