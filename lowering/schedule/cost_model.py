@@ -19,23 +19,38 @@ T, K, E, D, W, G, B = sympy.symbols("T K E D W G B", positive=True)
 BM, BN, BK, WARPS, STAGES = sympy.symbols("BM BN BK WARPS STAGES", positive=True)
 SMS, BANDWIDTH, MATRIX, SHARED = sympy.symbols("SMS BANDWIDTH MATRIX SHARED", positive=True)
 
-MEMORY_EFFICIENCY = 0.92
-LATENCY = 0.9e-6  # seconds from a load's issue to its data under load
-LAUNCH = 2.0e-6  # fixed cost of a kernel: launch, offsets, first loads, tail
-WAVE = 0.6e-6  # fixed cost of a program: finding its expert, filling the pipeline, storing
+# What the hardware does to the ideal formulas; fitted by benchmarks/calibrate_cost_model.py to measured sweeps.
+CONSTANTS = {
+    "memory_efficiency": 0.95,  # of the nominal bandwidth, for streamed weights
+    "latency": 1.02e-06,  # seconds from a load's issue to its data under load
+    "launch": 4.27e-06,  # seconds a kernel costs whatever it does
+    "wave": 3.85e-07,  # seconds a program costs: finding its expert, filling the pipeline, storing
+    "step": 4.16e-08,  # seconds a step of the main loop costs beyond its bytes and FLOP: barriers, addresses
+    "rows16": 0.675,  # of the matrix rate with 16-row tiles
+    "rows32": 0.473,  # with 32-row tiles
+    "rows64": 0.501,  # with tiles that wgmma takes
+    "reuse": 67.7,  # FLOP per operand element from which loads no longer bound the main loop
+    "shallow": 0.944,  # factor for pipelines of 3 stages against 4
+    "imbalance": 0.18,  # of a wave lost at the end
+    "overlap": 0.137,  # of the shorter of memory and matrix time that is not hidden
+}
+_CONSTANT = {name: sympy.Symbol(name, positive=True) for name in CONSTANTS}
 
 
 def _matrix_efficiency() -> sympy.Expr:
     """Fraction of the matrix rate of a main loop: wgmma needs 64 rows, wide tiles reuse their operands."""
+    c = _CONSTANT
     columns = BN * G
     reuse = BM * columns / (BM + columns)  # FLOP per operand element
-    wide = 0.68 * sympy.Min(1, reuse / 85)
-    return sympy.Piecewise((0.22, BM < 32), (0.30, BM < 64), (wide, True))
+    rows = sympy.Piecewise((c["rows16"], BM < 32), (c["rows32"], BM < 64), (c["rows64"], True))
+    depth = sympy.Piecewise((c["shallow"], STAGES < 4), (1, True))
+    return rows * depth * sympy.Min(1, reuse / c["reuse"])
 
 
 @functools.cache
 def gemm_time() -> sympy.Expr:
-    """Seconds of one launch."""
+    """Seconds of one launch, in the symbols above and the fitted constants."""
+    c = _CONSTANT
     hit = E * (1 - (1 - K / E) ** T)
     row_tiles = hit * sympy.Max(1, T * K / hit / BM + sympy.Rational(1, 2))
     programs = row_tiles * sympy.ceiling(W / BN)
@@ -44,18 +59,23 @@ def gemm_time() -> sympy.Expr:
     registers = 32 * WARPS * (BM * BN * G / (32 * WARPS) + 48)
     resident = sympy.Max(1, sympy.floor(sympy.Min(SHARED / shared, 65_536 / registers, 64 / WARPS)))
     in_flight = BN * G * BK * B * (STAGES - 1)
-    rate = sympy.Min(BANDWIDTH * MEMORY_EFFICIENCY, sympy.Min(programs, SMS * resident) * in_flight / LATENCY)
+    rate = sympy.Min(BANDWIDTH * c["memory_efficiency"], sympy.Min(programs, SMS * resident) * in_flight / c["latency"])
     memory = (hit * W * G * D * B + T * K * (D + W) * B) / rate
 
     tile_time = 2 * BM * BN * G * D / (MATRIX / SMS * _matrix_efficiency())
-    matrix = sympy.Max(1, programs / SMS + sympy.Rational(1, 4)) * tile_time
-    return LAUNCH + sympy.Max(memory, matrix) + WAVE * sympy.Max(1, programs / (SMS * resident))
+    matrix = sympy.Max(1, programs / SMS + c["imbalance"]) * tile_time
+    steps = c["step"] * sympy.ceiling(D / BK) * sympy.Max(1, programs / (SMS * resident))
+    work = steps + sympy.Max(memory, matrix) + c["overlap"] * sympy.Min(memory, matrix)
+    return c["launch"] + work + c["wave"] * sympy.Max(1, programs / (SMS * resident))
+
+
+ARGUMENTS = (T, K, E, D, W, G, B, BM, BN, BK, WARPS, STAGES, SMS, BANDWIDTH, MATRIX, SHARED)
 
 
 @functools.cache
 def _evaluator() -> Callable[..., float]:
-    arguments = (T, K, E, D, W, G, B, BM, BN, BK, WARPS, STAGES, SMS, BANDWIDTH, MATRIX, SHARED)
-    return sympy.lambdify(arguments, gemm_time(), modules="math", cse=True)
+    values = {symbol: CONSTANTS[name] for name, symbol in _CONSTANT.items()}
+    return sympy.lambdify(ARGUMENTS, gemm_time().subs(values), modules="math", cse=True)
 
 
 def predict(tokens: int, shape: GemmShape, schedule: Schedule, device: DeviceSpec) -> float:

@@ -56,3 +56,4 @@ def device_spec(index: int = 0) -> DeviceSpec:
 
 
 H100 = DeviceSpec("H100", (9, 0), 132, 3.35e12, 1.07e15, 232_448, 50 << 20)
+H200 = DeviceSpec("H200", (9, 0), 132, 4.81e12, 1.07e15, 232_448, 60 << 20)
