@@ -233,6 +233,20 @@ def _is_zero(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value == 0
 
 
+# the derivative where only `a` depends on the name, where only `b` does, where both do
+_RULES: dict[type, tuple[str, str, str]] = {
+    ast.Add: ("da", "db", "da + db"),
+    ast.Sub: ("da", "-db", "da - db"),
+    ast.Mult: ("da * b", "a * db", "da * b + a * db"),
+    ast.Div: ("da / b", "-a * db / (b * b)", "da / b - a * db / (b * b)"),
+}
+
+
+def _sum_rule(da: ast.expr, db: ast.expr, *rules: str) -> str:
+    """The rule without the terms that are zero: 0 * inf would be NaN."""
+    return rules[1] if _is_zero(da) else rules[0] if _is_zero(db) else rules[2]
+
+
 def _derive(node: ast.expr, name: str) -> ast.expr:
     """d node / d name; zero is `Constant(0.0)`, and products with it are dropped."""
     zero = ast.Constant(0.0)
@@ -248,13 +262,7 @@ def _derive(node: ast.expr, name: str) -> ast.expr:
             da, db = _derive(a, name), _derive(b, name)
             if _is_zero(da) and _is_zero(db):
                 return zero
-            rule = {
-                ast.Add: "da + db",
-                ast.Sub: "da - db",
-                ast.Mult: "da * b + a * db",
-                ast.Div: "da / b - a * db / (b * b)",
-            }
-            return _text(rule[type(op)], a=a, b=b, da=da, db=db)
+            return _text(_sum_rule(da, db, *_RULES[type(op)]), a=a, b=b, da=da, db=db)
         case ast.Call(func=ast.Name(id="min" | "max" as kind), args=[a, b]):
             da, db = _derive(a, name), _derive(b, name)
             if _is_zero(da) and _is_zero(db):
@@ -263,7 +271,8 @@ def _derive(node: ast.expr, name: str) -> ast.expr:
                 a, b, da, db = b, a, db, da
             # at equality the first tensor passes the gradient, as torch.clamp does for its input
             chosen = "ge(b, a)" if kind == "min" else "ge(a, b)"
-            return _text(f"{chosen} * da + (1.0 - {chosen}) * db", a=a, b=b, da=da, db=db)
+            left, right = f"{chosen} * da", f"(1.0 - {chosen}) * db"
+            return _text(_sum_rule(da, db, left, right, f"{left} + {right}"), a=a, b=b, da=da, db=db)
         case ast.Call(func=ast.Name(id=function), args=[a]):
             da = _derive(a, name)
             return zero if _is_zero(da) else _text(f"({_DERIVATIVES[function]}) * da", x=a, da=da)
