@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import MoEShapeError
 from ._checks import check_device, check_float, check_rank, check_size
 from ._library import register
 
@@ -19,6 +20,13 @@ def _validate(slots_NH: Tensor, weights_TK: Tensor) -> None:
     check_float(_NAME, "slots", slots_NH)
     check_float(_NAME, "weights", weights_TK)
     check_device(_NAME, ("slots", slots_NH), ("weights", weights_TK))
+    if isinstance(weights_TK.shape[1], int) and weights_TK.shape[1] < 1:
+        raise MoEShapeError.of(
+            _NAME,
+            expected="weights [T, K] with K >= 1",
+            got=f"shape {tuple(weights_TK.shape)}",
+            hint="Pass the weights of moe_route.",
+        )
     check_size(_NAME, "rows of slots = T*K", slots_NH.shape[0], weights_TK.shape[0] * weights_TK.shape[1])
 
 
@@ -32,7 +40,7 @@ def _moe_combine(slots_NH: Tensor, weights_TK: Tensor) -> Tensor:
     num_tokens, top_k = weights_TK.shape
     wide = _wide(slots_NH, weights_TK)
     slots_TKH = slots_NH.view(num_tokens, top_k, slots_NH.shape[1])
-    out_TH = slots_TKH[:, 0].to(wide) * weights_TK[:, 0, None]
+    out_TH = (slots_TKH[:, 0].to(wide) * weights_TK[:, 0, None]).contiguous()  # whatever the strides of slots
     for k in range(1, top_k):  # K passes in slot order: no [T, K, H] temporary, same order as the generated kernel
         out_TH.addcmul_(slots_TKH[:, k].to(wide), weights_TK[:, k, None].to(wide))
     return out_TH.to(slots_NH.dtype)

@@ -55,7 +55,8 @@ def _gather(hidden_TH: Tensor, order_N: Tensor, top_k: int) -> Tensor:
 def _activate(pre_NJ: Tensor, act: str, interleaved: bool, valid: int | Tensor) -> Tensor:
     """Activation in at least fp32, cast back; rows that belong to no expert stay zero."""
     wide_NJ = pre_NJ if pre_NJ.dtype == torch.float64 else pre_NJ.float()
-    out_NI = evaluate(act, *split_gate(wide_NJ, act, interleaved)).to(pre_NJ.dtype)
+    # contiguous: the formula "u" is a strided view of the pre-activation
+    out_NI = evaluate(act, *split_gate(wide_NJ, act, interleaved)).to(pre_NJ.dtype).contiguous()
     if isinstance(valid, int):
         out_NI[valid:].zero_()
         return out_NI
