@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_device, check_float, check_int, check_rank, check_same
+from ._checks import check_device, check_float, check_int, check_rank, check_same, check_size
 from ._grouped import expert_of_rows
 from ._launch import launcher
 from ._library import register
@@ -21,12 +21,17 @@ def _validate(
     check_rank(_NAME, "offsets [E+1]", offsets_E1, 1)
     check_float(_NAME, "left", left)
     check_same(_NAME, ("left", left), ("right", right))
+    check_int(_NAME, "offsets", offsets_E1)
     check_device(_NAME, ("left", left), ("offsets", offsets_E1))
     for name, index_N in (("left_index", left_index_N), ("right_index", right_index_N)):
         if index_N is not None:
             check_rank(_NAME, f"{name} [N]", index_N, 1)
             check_int(_NAME, name, index_N)
             check_device(_NAME, ("left", left), (name, index_N))
+    rows = [
+        (t if index_N is None else index_N).shape[0] for t, index_N in ((left, left_index_N), (right, right_index_N))
+    ]
+    check_size(_NAME, "rows of right (or of right_index) = rows of left (or of left_index)", rows[1], rows[0])
 
 
 def _rows(tensor: Tensor, index_N: Tensor | None) -> Tensor:
