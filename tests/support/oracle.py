@@ -1,0 +1,110 @@
+"""How outputs are compared: our error against an fp64 oracle, as a multiple of the error eager torch makes.
+
+Eager torch in the same dtype sets the scale, so no tolerance is ever chosen by hand: two norms, mean and max, and the
+same places finite, infinite and NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MEAN_RATIO = 1.1
+MAX_RATIO = 2.0
+FP32_RATIO = 10.0
+# fp64 has no wider oracle: results must agree to a few thousand roundings of the largest value.
+NEAR_EXACT = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class OracleErrors:
+    """Errors against the oracle in two norms, and the oracle's largest finite magnitude."""
+
+    mean_ours: float
+    mean_eager: float
+    max_ours: float
+    max_eager: float
+    scale: float
+
+
+def _check_alike(ours: Tensor, other: Tensor, name: str) -> None:
+    assert ours.shape == other.shape, f"shape {tuple(ours.shape)}, {name} has {tuple(other.shape)}"
+    assert ours.device == other.device, f"on {ours.device}, {name} on {other.device}"
+
+
+def _check_masks(ours: Tensor, wanted: Tensor) -> None:
+    """NaN where the oracle has NaN, the same infinities, finite elsewhere."""
+    kinds = (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf))
+    for name, kind in kinds:
+        differs = kind(ours) != kind(wanted)
+        assert not differs.any(), f"{name} at {int(kind(ours).sum())} places, the oracle has {int(kind(wanted).sum())}"
+
+
+def _errors(ours: Tensor, eager: Tensor, oracle: Tensor) -> OracleErrors:
+    finite = torch.isfinite(ours) & torch.isfinite(eager) & torch.isfinite(oracle)
+    exact = oracle[finite].double()
+    if exact.numel() == 0:
+        return OracleErrors(0.0, 0.0, 0.0, 0.0, 0.0)
+    error, eager_error, rounding = ((t[finite].double() - exact).abs() for t in (ours, eager, oracle.to(ours.dtype)))
+    # The oracle rounded once to the dtype cannot be beaten, but eager may do so by luck in a small tensor.
+    return OracleErrors(
+        mean_ours=error.mean().item(),
+        mean_eager=max(eager_error.mean().item(), rounding.mean().item()),
+        max_ours=error.max().item(),
+        max_eager=max(eager_error.max().item(), rounding.max().item()),
+        scale=exact.abs().max().item(),
+    )
+
+
+def assert_near_exact(ours: Tensor, oracle: Tensor, *, what: str = "output") -> None:
+    """Two fp64 results of any shape agree to `NEAR_EXACT` of the largest magnitude, with equal NaN and inf masks."""
+    assert ours.dtype == oracle.dtype == torch.float64, f"{what}: {ours.dtype}, oracle in {oracle.dtype}"
+    _check_alike(ours, oracle, "oracle")
+    _check_masks(ours, oracle)
+    errors = _errors(ours, oracle, oracle)
+    assert errors.max_ours <= NEAR_EXACT * errors.scale, (
+        f"{what}: error {errors.max_ours:.3g}, scale {errors.scale:.3g}"
+    )
+
+
+def assert_oracle_ratio(ours: Tensor, eager: Tensor, oracle: Tensor, *, what: str = "output") -> None:
+    """Our error against the fp64 oracle is at most a small multiple of what eager torch makes in the same dtype.
+
+    ours and eager of one shape and dtype, oracle fp64. Mean error <= 1.1x, max error <= 2x + one rounding band of the
+    dtype; 10x in both norms for fp32; near exact for fp64. Masks of NaN and infinities equal those of the oracle.
+    """
+    assert ours.dtype == eager.dtype, f"{what}: {ours.dtype}, eager made {eager.dtype}"
+    assert oracle.dtype == torch.float64, f"{what}: the oracle is in {oracle.dtype}"
+    _check_alike(ours, eager, "eager")
+    if ours.dtype == torch.float64:
+        assert_near_exact(ours, oracle, what=what)
+        return
+    _check_alike(ours, oracle, "oracle")
+    _check_masks(ours, oracle.to(ours.dtype))
+    errors = _errors(ours, eager, oracle)
+    fp32 = ours.dtype == torch.float32
+    mean_ratio, max_ratio = (FP32_RATIO, FP32_RATIO) if fp32 else (MEAN_RATIO, MAX_RATIO)
+    band = torch.finfo(ours.dtype).eps * errors.scale
+    assert errors.mean_ours <= mean_ratio * errors.mean_eager, f"{what}: mean error over {mean_ratio} x eager, {errors}"
+    assert errors.max_ours <= max_ratio * errors.max_eager + band, f"{what}: max over {max_ratio} x eager, {errors}"
+
+
+def random_like(tensor: Tensor, *, seed: int = 9) -> Tensor:
+    """Normal values of the shape, dtype and device of a tensor; the same on every device, without a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype).to(tensor.device)
+
+
+def gradients(function: Callable[..., Tensor], args: tuple[Any, ...], grad: Tensor) -> dict[int, Tensor]:
+    """d sum(function(*args) * grad) for each argument that asks for a gradient, by position; zeros where unused."""
+    wanted = {i: a for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad}
+    out = function(*args)
+    assert out.shape == grad.shape, f"shape {tuple(out.shape)}, gradient {tuple(grad.shape)}"
+    if not out.requires_grad:
+        return {i: torch.zeros_like(a) for i, a in wanted.items()}
+    found = torch.autograd.grad(out, list(wanted.values()), grad.to(out.dtype), allow_unused=True)
+    return {i: torch.zeros_like(a) if g is None else g for (i, a), g in zip(wanted.items(), found, strict=True)}
