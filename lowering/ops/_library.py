@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,10 @@ SCHEMAS = {
     "moe_combine": "(Tensor slots, Tensor weights) -> Tensor",
 }
 
+# called whenever a fake function runs, that is while a graph with our ops is traced
+TRACE_HOOKS: list[Callable[[], None]] = []
+
+
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema, tags=_TAGS)
 
@@ -47,7 +52,14 @@ def register(
     """Register the implementations of `diffulex::name` and return its default overload."""
     LIBRARY.impl(name, cpu, "CPU")
     LIBRARY.impl(name, cuda, "CUDA")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+
+    @functools.wraps(fake)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        for hook in TRACE_HOOKS:
+            hook()
+        return fake(*args, **kwargs)
+
+    torch.library.register_fake(f"{NAMESPACE}::{name}", traced, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(
             f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY

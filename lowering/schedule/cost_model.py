@@ -1,4 +1,4 @@
-"""Time of one expert GEMM as one sympy expression of the token count, the shape, the schedule and the device.
+"""Time of one expert GEMM as one sympy expression of the row count, the shape, the schedule and the device.
 
 Three terms: bytes (each expert hit is read once, at the rate the loads in flight can sustain), matrix work (tiles with
 their padding, in whole waves over the SMs), and fixed costs per launch and per wave. Routing is taken as uniform.
@@ -14,8 +14,8 @@ import sympy
 from .device import DeviceSpec
 from .schedule import GemmShape, Schedule
 
-# T tokens, K experts per token, E experts, D reduction depth, W output width, G weight halves per column, B bytes
-T, K, E, D, W, G, B = sympy.symbols("T K E D W G B", positive=True)
+# N rows (slots), E experts, D reduction depth, W output width, G weight halves per column, B bytes per element
+N, E, D, W, G, B = sympy.symbols("N E D W G B", positive=True)
 BM, BN, BK, WARPS, STAGES = sympy.symbols("BM BN BK WARPS STAGES", positive=True)
 SMS, BANDWIDTH, MATRIX, SHARED = sympy.symbols("SMS BANDWIDTH MATRIX SHARED", positive=True)
 
@@ -51,8 +51,8 @@ def _matrix_efficiency() -> sympy.Expr:
 def gemm_time() -> sympy.Expr:
     """Seconds of one launch, in the symbols above and the fitted constants."""
     c = _CONSTANT
-    hit = E * (1 - (1 - K / E) ** T)
-    row_tiles = hit * sympy.Max(1, T * K / hit / BM + sympy.Rational(1, 2))
+    hit = E * (1 - (1 - 1 / E) ** N)
+    row_tiles = hit * sympy.Max(1, N / hit / BM + sympy.Rational(1, 2))
     programs = row_tiles * sympy.ceiling(W / BN)
 
     shared = (BM + BN * G) * BK * B * STAGES
@@ -60,7 +60,7 @@ def gemm_time() -> sympy.Expr:
     resident = sympy.Max(1, sympy.floor(sympy.Min(SHARED / shared, 65_536 / registers, 64 / WARPS)))
     in_flight = BN * G * BK * B * (STAGES - 1)
     rate = sympy.Min(BANDWIDTH * c["memory_efficiency"], sympy.Min(programs, SMS * resident) * in_flight / c["latency"])
-    memory = (hit * W * G * D * B + T * K * (D + W) * B) / rate
+    memory = (hit * W * G * D * B + N * (D + W) * B) / rate
 
     tile_time = 2 * BM * BN * G * D / (MATRIX / SMS * _matrix_efficiency())
     matrix = sympy.Max(1, programs / SMS + c["imbalance"]) * tile_time
@@ -69,7 +69,7 @@ def gemm_time() -> sympy.Expr:
     return c["launch"] + work + c["wave"] * sympy.Max(1, programs / (SMS * resident))
 
 
-ARGUMENTS = (T, K, E, D, W, G, B, BM, BN, BK, WARPS, STAGES, SMS, BANDWIDTH, MATRIX, SHARED)
+ARGUMENTS = (N, E, D, W, G, B, BM, BN, BK, WARPS, STAGES, SMS, BANDWIDTH, MATRIX, SHARED)
 
 
 @functools.cache
@@ -78,12 +78,11 @@ def _evaluator() -> Callable[..., float]:
     return sympy.lambdify(ARGUMENTS, gemm_time().subs(values), modules="math", cse=True)
 
 
-def predict(tokens: int, shape: GemmShape, schedule: Schedule, device: DeviceSpec) -> float:
-    """Seconds of one expert GEMM at `tokens` tokens."""
+def predict(rows: int, shape: GemmShape, schedule: Schedule, device: DeviceSpec) -> float:
+    """Seconds of one expert GEMM over `rows` rows."""
     return float(
         _evaluator()(
-            tokens,
-            shape.top_k,
+            rows,
             shape.num_experts,
             shape.depth,
             shape.width,

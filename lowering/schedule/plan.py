@@ -1,4 +1,4 @@
-"""From shape and device to a few token ranges, each with one schedule: the cost model decides, nothing is timed."""
+"""From shape and device to a few row ranges with a schedule each: the cost model decides, nothing is timed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import math
 
 from .cost_model import predict
 from .device import DeviceSpec
-from .schedule import GemmShape, Schedule, TokenRange
+from .schedule import GemmShape, RowRange, Schedule
 
 MAX_RANGES = 4
-_TOKEN_GRID = tuple(2**power for power in range(17))
+_ROW_GRID = tuple(2**power for power in range(3, 21))
+_RANGE_COST = 0.05  # summed log loss that another range, so another compilation, has to save
 
 
 def candidates(shape: GemmShape, device: DeviceSpec) -> list[Schedule]:
@@ -30,45 +31,49 @@ def candidates(shape: GemmShape, device: DeviceSpec) -> list[Schedule]:
 
 
 @functools.lru_cache(maxsize=256)
-def plan(shape: GemmShape, device: DeviceSpec, max_ranges: int = MAX_RANGES) -> tuple[TokenRange, ...]:
-    """Token ranges in ascending order; the last one is open. At most `max_ranges`, chosen for the least total loss."""
+def _losses(shape: GemmShape, device: DeviceSpec) -> tuple[list[Schedule], list[list[float]]]:
+    """(schedules, log of time over the best time at each point of the grid)."""
     schedules = candidates(shape, device)
-    times = [[predict(tokens, shape, schedule, device) for tokens in _TOKEN_GRID] for schedule in schedules]
+    times = [[predict(rows, shape, schedule, device) for rows in _ROW_GRID] for schedule in schedules]
     best = [min(column) for column in zip(*times, strict=True)]
-    loss = [[math.log(t / b) for t, b in zip(row, best, strict=True)] for row in times]
-    segments = _segments(loss, max_ranges)
+    return schedules, [[math.log(t / b) for t, b in zip(row, best, strict=True)] for row in times]
+
+
+@functools.lru_cache(maxsize=256)
+def plan(shapes: tuple[GemmShape, ...], device: DeviceSpec, max_ranges: int = MAX_RANGES) -> tuple[RowRange, ...]:
+    """Row ranges in ascending order, the last one open, for GEMMs that share one routing: least summed loss."""
+    losses = [_losses(shape, device) for shape in shapes]
+    points = len(_ROW_GRID)
+
+    @functools.cache
+    def one(start: int, stop: int) -> tuple[float, tuple[int, ...]]:
+        picks = [min((sum(row[start:stop]), index) for index, row in enumerate(loss)) for _, loss in losses]
+        return sum(value for value, _ in picks), tuple(index for _, index in picks)
+
+    @functools.cache
+    def split(start: int, ranges: int) -> tuple[float, tuple[tuple[int, tuple[int, ...]], ...]]:
+        total, picks = one(start, points)
+        answer = (total, ((points - 1, picks),))
+        if ranges > 1:
+            for stop in range(start + 1, points):
+                head, head_picks = one(start, stop)
+                rest, tail = split(stop, ranges - 1)
+                answer = min(answer, (head + rest + _RANGE_COST, ((stop - 1, head_picks), *tail)))
+        return answer
+
     return tuple(
-        TokenRange(None if last == len(_TOKEN_GRID) - 1 else _TOKEN_GRID[last], schedules[choice])
-        for last, choice in segments
+        RowRange(
+            # the bound lies between two points of the grid, in the geometric middle
+            None if last == points - 1 else int(_ROW_GRID[last] * math.sqrt(2)),
+            tuple(schedules[pick] for (schedules, _), pick in zip(losses, picks, strict=True)),
+        )
+        for last, picks in split(0, max_ranges)[1]
     )
 
 
-def _segments(loss: list[list[float]], max_ranges: int) -> list[tuple[int, int]]:
-    """Split the token grid into <= max_ranges runs with one schedule each, least summed loss; [(last index, schedule)]."""
-    points = len(loss[0])
-
-    @functools.cache
-    def one(start: int, stop: int) -> tuple[float, int]:
-        return min((sum(row[start:stop]), index) for index, row in enumerate(loss))
-
-    @functools.cache
-    def split(start: int, ranges: int) -> tuple[float, tuple[tuple[int, int], ...]]:
-        total, choice = one(start, points)
-        answer = (total, ((points - 1, choice),))
-        if ranges > 1:
-            for stop in range(start + 1, points):
-                head, head_choice = one(start, stop)
-                rest, tail = split(stop, ranges - 1)
-                # another range has to earn its recompilation
-                answer = min(answer, (head + rest + 0.02, ((stop - 1, head_choice), *tail)))
-        return answer
-
-    return list(split(0, max_ranges)[1])
-
-
-def schedule_for(tokens: int, shape: GemmShape, device: DeviceSpec) -> Schedule:
-    """The schedule of the range that holds `tokens`."""
-    for token_range in plan(shape, device):
-        if token_range.max_tokens is None or tokens <= token_range.max_tokens:
-            return token_range.schedule
+def schedule_for(rows: int, shape: GemmShape, device: DeviceSpec) -> Schedule:
+    """The schedule for one GEMM over `rows` rows."""
+    for row_range in plan((shape,), device):
+        if row_range.max_rows is None or rows <= row_range.max_rows:
+            return row_range.schedules[0]
     raise AssertionError("the last range is open")

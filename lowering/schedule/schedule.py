@@ -1,4 +1,4 @@
-"""A schedule is data: tile shape, warps, pipeline depth of one expert GEMM, and the token range it is meant for."""
+"""A schedule is data: tile shape, warps, pipeline depth of one expert GEMM, and the range of rows it is meant for."""
 
 from __future__ import annotations
 
@@ -30,10 +30,9 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class GemmShape:
-    """One expert GEMM: E experts, K per token, reduction width, output width, gated (two weight halves per column)."""
+    """One expert GEMM: E experts, reduction width, output width, gated (two weight halves per column), element bytes."""
 
     num_experts: int
-    top_k: int
     depth: int
     width: int
     gated: bool
@@ -41,8 +40,8 @@ class GemmShape:
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenRange:
-    """A schedule and the largest token count it is for; `None` means no upper bound."""
+class RowRange:
+    """The schedules of GEMMs that share one routing, and the largest row count N = T*K they are for (None: no bound)."""
 
-    max_tokens: int | None
-    schedule: Schedule
+    max_rows: int | None
+    schedules: tuple[Schedule, ...]

@@ -5,6 +5,8 @@ The schedule comes from the cost model with the call's own token count; nothing 
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -45,8 +47,9 @@ def _expert_gemm(
     num_experts, _, depth = weight_EYX.shape
     rows, width = out_NY.shape
     if schedule is None:
-        shape = GemmShape(num_experts, top_k, depth, width, is_gated(variant.act), weight_EYX.element_size())
-        schedule = schedule_for(-(-rows // top_k), shape, device_spec(out_NY.device.index or 0))
+        shape = GemmShape(num_experts, depth, width, is_gated(variant.act), weight_EYX.element_size())
+        schedule = schedule_for(rows, shape, device_spec(out_NY.device.index or 0))
+    variant = dataclasses.replace(variant, even_k=depth % schedule.block_k == 0)
     constants = gemm_constants(num_experts, top_k, width, schedule)
     constants["INDEX_DTYPE"] = index_type(out_NY)
     standalone.launch(
@@ -95,7 +98,6 @@ def moe_expert_up(
         bias=b13_EJ is not None,
         act=act,
         interleaved=interleaved,
-        even_k=hidden_TH.shape[1] % 128 == 0,
         precision=dot_precision(hidden_TH.dtype),
     )
     tensors = {"A": hidden_TH, "W": w13_EJH, "ORDER": order_N, "OFFSETS": offsets_E1, "OUT": out_NI}
@@ -120,7 +122,6 @@ def moe_expert_down(
         gather=False,
         scatter=True,
         bias=b2_EH is not None,
-        even_k=act_NI.shape[1] % 128 == 0,
         precision=dot_precision(act_NI.dtype),
     )
     tensors = {"A": act_NI, "W": w2_EHI, "ORDER": order_N, "OFFSETS": offsets_E1, "OUT": out_NH}

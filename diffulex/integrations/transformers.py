@@ -1,0 +1,106 @@
+"""transformers' experts interface leads to the ops: `experts_implementation="diffulex"`, and the defaults while a graph
+is captured.
+
+`grouped_mm` and `batched_mm` keep their eager behaviour; inside `torch.compile` and `torch.export` they run the ops,
+inference and training. Nothing is imported early: the hook waits until transformers' own module is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowering import ops
+from lowering.state import is_enabled
+
+NAME = "diffulex"
+_MODULE = "transformers.integrations.moe"
+_CAPTURED = ("grouped_mm", "batched_mm")
+
+ExpertsForward = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+
+
+def diffulex_experts_forward(
+    self: Any, hidden_states_TH: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor
+) -> Tensor:
+    """Forward of an experts module through the ops, in any form transformers declares.
+
+    hidden_states [T, H] floating, top_k_index [T, K] int (ids outside the module's experts contribute nothing),
+    top_k_weights [T, K] floating. Returns [T, H] in the dtype of hidden_states. Differentiable.
+    """
+    w13 = self.gate_up_proj if self.has_gate else self.up_proj
+    w2, b13, b2 = self.down_proj, None, None
+    if self.has_bias:
+        b13, b2 = self.gate_up_proj_bias if self.has_gate else self.up_proj_bias, self.down_proj_bias
+    if self.is_transposed:
+        w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
+    hidden_TH = hidden_states_TH.to(w13.dtype)  # autocast can leave the two in different dtypes
+    order_N, _, offsets_E1 = ops.moe_dispatch(top_k_index_TK, w13.shape[0])
+    pre_NJ = ops.moe_expert_up(hidden_TH, w13, b13, order_N, offsets_E1, top_k_index_TK.shape[1])
+    act_NI = self._apply_gate(pre_NJ) if self.has_gate else self.act_fn(pre_NJ)
+    slots_NH = ops.moe_expert_down(act_NI.to(w2.dtype), w2, b2, order_N, offsets_E1)
+    if getattr(self, "has_post_expert_norm", False):
+        slots_NH = self.post_expert_norm(slots_NH)
+    return ops.moe_combine(slots_NH, top_k_weights_TK).to(hidden_states_TH.dtype)
+
+
+def _captured(stock: ExpertsForward) -> ExpertsForward:
+    """The stock function in eager mode and when switched off, the ops while a graph is captured."""
+
+    @functools.wraps(stock)
+    def forward(self: Any, hidden_TH: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and is_enabled():
+            return diffulex_experts_forward(self, hidden_TH, top_k_index_TK, top_k_weights_TK)
+        return stock(self, hidden_TH, top_k_index_TK, top_k_weights_TK)
+
+    return forward
+
+
+def register(module: ModuleType) -> None:
+    """Register in transformers' experts interface; `module` is `transformers.integrations.moe`."""
+    functions = module.ALL_EXPERTS_FUNCTIONS
+    if NAME in functions:
+        return
+    functions.register(NAME, diffulex_experts_forward)
+    for name in _CAPTURED:
+        if name in functions:
+            functions.register(name, _captured(functions[name]))
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds one module with the finders behind it and runs `register` after its code has run."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            register(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def install() -> None:
+    """Register now where transformers is loaded, else as soon as it is."""
+    if _MODULE in sys.modules:
+        register(sys.modules[_MODULE])
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())

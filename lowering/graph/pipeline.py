@@ -1,0 +1,47 @@
+"""The passes in their order, each named, timed, recorded, and possible to leave out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+
+from torch.fx import Graph
+
+from ..report import layer_of, logger, record
+from .activation_pass import ActivationRecord, activation_pass
+from .route_pass import RouteRecord, route_pass
+from .spine_pass import SpineRecord, spine_pass
+
+
+def _note_spine(found: SpineRecord) -> None:
+    outcome = "stock grouped GEMM" if found.reason else "stage ops"
+    record("recognise", "spine_pass", layer_of(found.node), outcome, found.reason)
+
+
+def _note_route(found: RouteRecord) -> None:
+    outcome = "stays aten" if found.reason else f"moe_route {found.spec}"
+    record("recognise", "route_pass", found.module, outcome, found.reason)
+
+
+def _note_activation(found: ActivationRecord) -> None:
+    outcome = "stays aten" if found.reason else f"folded {found.formula}"
+    record("recognise", "activation_pass", layer_of(found.down), outcome, found.reason)
+
+
+_PASSES = {
+    "spine_pass": lambda graph: spine_pass(graph, record=_note_spine),
+    "route_pass": lambda graph: route_pass(graph, record=_note_route),
+    "activation_pass": lambda graph: activation_pass(graph, record=_note_activation),
+}
+
+
+def run_passes(graph: Graph, *, skip: Collection[str] = ()) -> Graph:
+    """Run the passes on a functional aten graph, inference or joint; `skip` names those to leave out."""
+    for name, function in _PASSES.items():
+        if name in skip:
+            continue
+        start = time.perf_counter()
+        function(graph)
+        logger.debug("%s took %.1f ms", name, (time.perf_counter() - start) * 1e3)
+    graph.lint()
+    return graph

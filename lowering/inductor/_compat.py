@@ -1,0 +1,93 @@
+"""All private names of Inductor this project uses, and where versions differ. Importing this imports Inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import config, ir
+from torch._inductor.lowering import empty_strided, fallback_handler, lowerings, register_lowering
+from torch._inductor.select_algorithm import (
+    SymbolicGridFn,
+    TritonTemplate,
+    autotune_select_algorithm,
+    realize_inputs,
+)
+from torch._inductor.virtualized import V
+
+__all__ = [
+    "SymbolicGridFn",
+    "TritonTemplate",
+    "V",
+    "config",
+    "current_fx_node",
+    "empty_strided",
+    "fallback",
+    "fixed_layout",
+    "guard_less_equal",
+    "ir",
+    "lowerings",
+    "realize_inputs",
+    "register_lowering",
+    "run_template",
+    "static_size",
+]
+
+
+def fallback(op: Any, *args: Any) -> Any:
+    """The op's own kernel as an extern call of the generated wrapper."""
+    return fallback_handler(op, add_to_fallback_set=False)(*args)
+
+
+def fixed_layout(like: Any, dtype: torch.dtype, size: Sequence[Any]) -> Any:
+    """A contiguous layout on the device of the IR node `like`."""
+    return ir.FixedLayout(like.get_device(), dtype, list(size))
+
+
+def static_size(size: Any) -> int:
+    """A size as an int, guarded on where it is symbolic (weights of functions compiled with dynamic=True)."""
+    return int(V.graph.sizevars.guard_int(size))
+
+
+def guard_less_equal(size: Any, bound: int) -> bool:
+    """Decide `size <= bound` now and guard on the answer: one graph per side, CUDA graphs stay possible."""
+    return bool(V.graph.sizevars.shape_env.evaluate_expr(sympy.Le(size, bound)))
+
+
+def current_fx_node() -> torch.fx.Node | None:
+    """The FX node that is being lowered, or None outside a graph."""
+    node = V.current_node
+    return node if isinstance(node, torch.fx.Node) else None
+
+
+def run_template(
+    template: TritonTemplate,
+    inputs: Sequence[Any],
+    layout: Any,
+    *,
+    num_warps: int,
+    num_stages: int,
+    constants: dict[str, Any],
+    mutated_inputs: Sequence[Any] | None = None,
+) -> Any:
+    """One template choice, so nothing is benchmarked and neighbours fuse; raises when Inductor refuses the template."""
+    choices: list[Any] = []
+    extra: dict[str, Any] = {} if mutated_inputs is None else {"mutated_inputs": list(mutated_inputs)}
+    error = template.maybe_append_choice(
+        choices,
+        input_nodes=list(inputs),
+        layout=layout,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **extra,
+        **constants,
+    )
+    if error is not None:
+        raise error
+    result = autotune_select_algorithm(template.name, choices, list(inputs), layout)
+    return result[0] if isinstance(result, tuple) else result  # a node in torch 2.11, a tuple later
+
+
+TemplateGrid = Callable[..., tuple[Any, Any, Any]]

@@ -1,0 +1,86 @@
+"""Which schedule an expert GEMM of a graph gets: all GEMMs that share a routing are planned together.
+
+They share one set of row ranges, so a model recompiles at most once per range and not once per GEMM and bound.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from ..activation import is_gated
+from ..schedule.device import DeviceSpec, device_spec
+from ..schedule.plan import plan
+from ..schedule.schedule import GemmShape, RowRange, Schedule
+from . import _compat
+
+_GEMMS = ("moe_expert_up", "moe_expert_down")
+
+
+def gemm_shape(num_experts: int, weight_rows: int, depth: int, act: str, element_size: int) -> GemmShape:
+    """The shape of a GEMM over a weight [E, weight_rows, depth]; gated activations halve the output width."""
+    gated = is_gated(act)
+    return GemmShape(num_experts, depth, weight_rows // 2 if gated else weight_rows, gated, element_size)
+
+
+def _argument(node: torch.fx.Node, name: str, default: Any = None) -> Any:
+    arguments = node.normalized_arguments(_ROOT, normalize_to_only_use_kwargs=True)
+    return default if arguments is None else arguments.kwargs.get(name, default)
+
+
+_ROOT = torch.nn.Module()
+
+
+def _shape_of(node: torch.fx.Node) -> GemmShape | None:
+    """The GEMM an FX node of an expert op stands for; None while a size is symbolic."""
+    weight = _argument(node, "w13") or _argument(node, "w2")
+    value = weight.meta.get("val") if isinstance(weight, torch.fx.Node) else None
+    if value is None or not all(isinstance(size, int) for size in value.shape):
+        return None
+    num_experts, rows, depth = value.shape
+    return gemm_shape(num_experts, rows, depth, _argument(node, "act", "identity"), value.element_size())
+
+
+def _siblings(offsets: torch.fx.Node) -> tuple[GemmShape, ...]:
+    """Shapes of all expert GEMMs that read `offsets`, without repeats, in graph order."""
+    targets = [getattr(torch.ops.diffulex, name).default for name in _GEMMS]
+    shapes = [_shape_of(user) for user in offsets.users if user.target in targets]
+    return tuple(dict.fromkeys(shape for shape in shapes if shape is not None))
+
+
+def row_range(rows: Any, shapes: tuple[GemmShape, ...], device: DeviceSpec) -> RowRange:
+    """The range that holds `rows` (an int or a symbolic expression, which is guarded on)."""
+    ranges = plan(shapes, device)
+    for candidate in ranges:
+        if candidate.max_rows is None or _compat.guard_less_equal(rows, candidate.max_rows):
+            return candidate
+    raise AssertionError("the last range is open")
+
+
+@functools.cache
+def _spec(index: int) -> DeviceSpec:
+    return device_spec(index)
+
+
+def schedule_of(rows: Any, shape: GemmShape, device: torch.device) -> Schedule:
+    """The schedule for the GEMM of the node being lowered, planned with its siblings."""
+    node = _compat.current_fx_node()
+    offsets = _argument(node, "offsets") if node is not None else None
+    shapes = _siblings(offsets) if isinstance(offsets, torch.fx.Node) else ()
+    if shape not in shapes:
+        shapes = (shape,)
+    chosen = row_range(rows, shapes, _spec(device.index or 0))
+    return chosen.schedules[shapes.index(shape)]
+
+
+def rows_bound(rows: Any, dispatch: torch.fx.Node | None, device: torch.device) -> int | None:
+    """The largest row count the graph being lowered is for, where its expert GEMMs bound it; for `moe_dispatch`."""
+    if isinstance(rows, int):
+        return rows
+    for item in dispatch.users if dispatch is not None else ():
+        if item.args[1:] == (2,):  # offsets
+            shapes = _siblings(item)
+            return row_range(rows, shapes, _spec(device.index or 0)).max_rows if shapes else None
+    return None

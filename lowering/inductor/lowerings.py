@@ -1,0 +1,177 @@
+"""Inductor lowerings of the ops: generated Triton on CUDA, the op's own kernel as an extern call elsewhere.
+
+Importing this module registers them. A refusal is recorded with its reason; nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+
+from .. import ops  # noqa: F401  the ops have to exist
+from ..activation import IDENTITY, canonical, intermediate_size
+from ..errors import Reason, ReasonCode
+from ..report import layer_of, record
+from ..templates.eager import dot_precision, gemm_constants, power_of_two
+from ..templates.render import ExpertGemmVariant, GradWeightVariant
+from . import _compat
+from .gemm_plan import gemm_shape, schedule_of
+
+_OPS = torch.ops.diffulex
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def refusal(node: Any, dtypes: tuple[torch.dtype, ...] = _KERNEL_DTYPES) -> Reason | None:
+    """Why an IR node (any shape [N, H]) gets no generated kernel, or None."""
+    device = node.get_device()
+    if device.type != "cuda":
+        return Reason(ReasonCode.NOT_CUDA, f"device {device.type}")
+    if node.get_dtype() not in dtypes:
+        return Reason(ReasonCode.DTYPE, f"{node.get_dtype()}")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return Reason(ReasonCode.CAPABILITY, f"sm_{capability[0]}{capability[1]}")
+    return None
+
+
+def note(op: str, outcome: str, reason: Reason | None = None) -> None:
+    """Record what became of the op being lowered."""
+    node = _compat.current_fx_node()
+    record("lower", op, layer_of(node) if node is not None else "", outcome, reason)
+
+
+def _fallback(op: Any, reason: Reason, *args: Any) -> Any:
+    note(op._schema.name, "the op's own kernel", reason)
+    return _compat.fallback(op, *args)
+
+
+@functools.cache
+def _template(name: str, source: str, grid: Any) -> Any:
+    return _compat.TritonTemplate(name=name, grid=grid, source=source)
+
+
+@_compat.SymbolicGridFn
+def _gemm_grid(rows: Any, width: Any, meta: dict[str, Any], *, cdiv: Any, min: Any) -> tuple[Any, Any, Any]:
+    row_tiles = min(rows, cdiv(rows, meta["BLOCK_M"]) + meta["NUM_EXPERTS"] + 1)
+    return (row_tiles * cdiv(width, meta["BLOCK_N"]), 1, 1)
+
+
+def _expert_gemm(op: str, variant: ExpertGemmVariant, inputs: list[Any], weight: Any, top_k: int, width: int) -> Any:
+    """Lower one of the two expert GEMMs; `inputs` stand in the order of the template's `def_kernel`."""
+    inputs = _compat.realize_inputs(*inputs)
+    rows = inputs[-2].get_size()[0]
+    num_experts, weight_rows, depth = (_compat.static_size(size) for size in weight.get_size())
+    shape = gemm_shape(num_experts, weight_rows, depth, variant.act, weight.get_dtype().itemsize)
+    schedule = schedule_of(rows, shape, weight.get_device())
+    variant = dataclasses.replace(variant, even_k=depth % schedule.block_k == 0)
+    template = _template(variant.name, variant.source(), _gemm_grid)
+    result = _compat.run_template(
+        template,
+        inputs,
+        _compat.fixed_layout(inputs[0], inputs[0].get_dtype(), [rows, width]),
+        num_warps=schedule.num_warps,
+        num_stages=schedule.num_stages,
+        constants=gemm_constants(num_experts, top_k, width, schedule),
+    )
+    note(op, f"triton {template.name} {schedule}")
+    return result
+
+
+@_compat.register_lowering(_OPS.moe_expert_up.default, type_promotion_kind=None)
+def _moe_expert_up(
+    hidden: Any,
+    w13: Any,
+    b13: Any,
+    order: Any,
+    offsets: Any,
+    top_k: int,
+    act: str = IDENTITY,
+    interleaved: bool = False,
+) -> Any:
+    reason = refusal(hidden)
+    if reason is not None:
+        return _fallback(
+            _OPS.moe_expert_up.default, reason, hidden, w13, b13, order, offsets, top_k, act, interleaved
+        )
+    act = canonical(act)
+    width = intermediate_size(act, _compat.static_size(w13.get_size()[1]))
+    variant = ExpertGemmVariant(
+        gather=True,
+        scatter=False,
+        bias=b13 is not None,
+        act=act,
+        interleaved=interleaved,
+        precision=dot_precision(hidden.get_dtype()),
+    )
+    inputs = [hidden, w13, *([] if b13 is None else [b13]), order, offsets]
+    return _expert_gemm("moe_expert_up", variant, inputs, w13, top_k, width)
+
+
+@_compat.register_lowering(_OPS.moe_expert_down.default, type_promotion_kind=None)
+def _moe_expert_down(act: Any, w2: Any, b2: Any, order: Any, offsets: Any) -> Any:
+    reason = refusal(act)
+    if reason is not None:
+        return _fallback(_OPS.moe_expert_down.default, reason, act, w2, b2, order, offsets)
+    variant = ExpertGemmVariant(
+        gather=False,
+        scatter=True,
+        bias=b2 is not None,
+        precision=dot_precision(act.get_dtype()),
+    )
+    inputs = [act, w2, *([] if b2 is None else [b2]), order, offsets]
+    return _expert_gemm("moe_expert_down", variant, inputs, w2, 1, _compat.static_size(w2.get_size()[1]))
+
+
+@_compat.SymbolicGridFn
+def _grad_weight_grid(experts: Any, left: Any, right: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
+    return (experts * cdiv(left, meta["BLOCK_L"]) * cdiv(right, meta["BLOCK_R"]), 1, 1)
+
+
+@_compat.register_lowering(_OPS.moe_expert_grad_weight.default, type_promotion_kind=None)
+def _moe_expert_grad_weight(left: Any, right: Any, left_index: Any, right_index: Any, offsets: Any) -> Any:
+    reason = refusal(left)
+    if reason is not None:
+        return _fallback(
+            _OPS.moe_expert_grad_weight.default, reason, left, right, left_index, right_index, offsets
+        )
+    variant = GradWeightVariant(left_index is not None, right_index is not None, dot_precision(left.get_dtype()))
+    inputs = [left, right, *(index for index in (left_index, right_index) if index is not None), offsets]
+    inputs = _compat.realize_inputs(*inputs)
+    num_experts = _compat.static_size(offsets.get_size()[0]) - 1
+    width_l, width_r = (_compat.static_size(node.get_size()[1]) for node in (left, right))
+    block = 128 if left.get_dtype().itemsize == 2 else 64
+    template = _template(variant.name, variant.source(), _grad_weight_grid)
+    result = _compat.run_template(
+        template,
+        inputs,
+        _compat.fixed_layout(left, left.get_dtype(), [num_experts, width_l, width_r]),
+        num_warps=8 if block == 128 else 4,
+        num_stages=3,
+        constants={"BLOCK_L": block, "BLOCK_R": max(16, min(block, power_of_two(width_r))), "BLOCK_K": 32},
+    )
+    note("moe_expert_grad_weight", f"triton {template.name}")
+    return result
+
+
+@_compat.register_lowering(_OPS.moe_combine.default, type_promotion_kind=None)
+def _moe_combine(slots: Any, weights: Any) -> Any:
+    """Inductor IR, so it folds into one kernel with the residual and the next norm; K terms in slot order."""
+    reason = refusal(slots)
+    if reason is not None:
+        return _fallback(_OPS.moe_combine.default, reason, slots, weights)
+    lower = _compat.lowerings
+    aten, prims = torch.ops.aten, torch.ops.prims
+    num_tokens, top_k = weights.get_size()
+    top_k = _compat.static_size(top_k)
+    slots_TKH = lower[aten.view.default](slots, [num_tokens, top_k, slots.get_size()[1]])
+    total = None
+    for k in range(top_k):  # written out: Inductor would make a second kernel of a reduction over 8 or more
+        slot = lower[prims.convert_element_type.default](lower[aten.select.int](slots_TKH, 1, k), torch.float32)
+        weight = lower[prims.convert_element_type.default](lower[aten.select.int](weights, 1, k), torch.float32)
+        term = lower[aten.mul.Tensor](slot, lower[aten.unsqueeze.default](weight, -1))
+        total = term if total is None else lower[aten.add.Tensor](total, term)
+    note("moe_combine", "Inductor IR, fused with its neighbours")
+    return lower[prims.convert_element_type.default](total, slots.get_dtype())
