@@ -22,6 +22,7 @@ __all__ = [
     "TritonTemplate",
     "V",
     "config",
+    "contiguous_inputs",
     "current_fx_node",
     "empty_strided",
     "fallback",
@@ -54,6 +55,11 @@ def static_size(size: Any) -> int:
 def guard_less_equal(size: Any, bound: int) -> bool:
     """Decide `size <= bound` now and guard on the answer: one graph per side, CUDA graphs stay possible."""
     return bool(V.graph.sizevars.shape_env.evaluate_expr(sympy.Le(size, bound)))
+
+
+def contiguous_inputs(*nodes: Any) -> list[Any]:
+    """The IR nodes realized as contiguous buffers."""
+    return [ir.ExternKernel.require_contiguous(node) for node in nodes]
 
 
 def current_fx_node() -> torch.fx.Node | None:

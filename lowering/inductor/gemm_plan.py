@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 
-from ..activation import is_gated
+from ..activation import IDENTITY, is_gated
+from ..graph.dataflow import arguments, is_op
 from ..schedule.device import DeviceSpec, device_spec
 from ..schedule.plan import plan
 from ..schedule.schedule import GemmShape, RowRange, Schedule
 from . import _compat
-
-_GEMMS = ("moe_expert_up", "moe_expert_down")
-
 
 def gemm_shape(num_experts: int, weight_rows: int, depth: int, act: str, element_size: int) -> GemmShape:
     """The shape of a GEMM over a weight [E, weight_rows, depth]; gated activations halve the output width."""
@@ -25,28 +23,22 @@ def gemm_shape(num_experts: int, weight_rows: int, depth: int, act: str, element
     return GemmShape(num_experts, depth, weight_rows // 2 if gated else weight_rows, gated, element_size)
 
 
-def _argument(node: torch.fx.Node, name: str, default: Any = None) -> Any:
-    arguments = node.normalized_arguments(_ROOT, normalize_to_only_use_kwargs=True)
-    return default if arguments is None else arguments.kwargs.get(name, default)
-
-
-_ROOT = torch.nn.Module()
-
-
 def _shape_of(node: torch.fx.Node) -> GemmShape | None:
     """The GEMM an FX node of an expert op stands for; None while a size is symbolic."""
-    weight = _argument(node, "w13") or _argument(node, "w2")
-    value = weight.meta.get("val") if isinstance(weight, torch.fx.Node) else None
+    given = arguments(node)
+    is_up = is_op(node, torch.ops.diffulex.moe_expert_up)
+    value = given["w13" if is_up else "w2"].meta.get("val")
     if value is None or not all(isinstance(size, int) for size in value.shape):
         return None
     num_experts, rows, depth = value.shape
-    return gemm_shape(num_experts, rows, depth, _argument(node, "act", "identity"), value.element_size())
+    return gemm_shape(num_experts, rows, depth, given["act"] if is_up else IDENTITY, value.element_size())
 
 
 def _siblings(offsets: torch.fx.Node) -> tuple[GemmShape, ...]:
     """Shapes of all expert GEMMs that read `offsets`, without repeats, in graph order."""
-    targets = [getattr(torch.ops.diffulex, name).default for name in _GEMMS]
-    shapes = [_shape_of(user) for user in offsets.users if user.target in targets]
+    moe = torch.ops.diffulex
+    gemms = [user for user in offsets.users if is_op(user, moe.moe_expert_up, moe.moe_expert_down)]
+    shapes = [_shape_of(user) for user in gemms]
     return tuple(dict.fromkeys(shape for shape in shapes if shape is not None))
 
 
@@ -67,7 +59,7 @@ def _spec(index: int) -> DeviceSpec:
 def schedule_of(rows: Any, shape: GemmShape, device: torch.device) -> Schedule:
     """The schedule for the GEMM of the node being lowered, planned with its siblings."""
     node = _compat.current_fx_node()
-    offsets = _argument(node, "offsets") if node is not None else None
+    offsets = arguments(node)["offsets"] if node is not None else None
     shapes = _siblings(offsets) if isinstance(offsets, torch.fx.Node) else ()
     if shape not in shapes:
         shapes = (shape,)

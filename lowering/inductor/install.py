@@ -51,6 +51,7 @@ class MoEPasses(CustomGraphPass):
 def register_lowerings() -> None:
     """Import the lowerings, which registers them; needed before a graph with our ops is lowered."""
     importlib.import_module("lowering.inductor.lowerings")
+    importlib.import_module("lowering.inductor.route_lowerings")
 
 
 def _on_trace() -> None:

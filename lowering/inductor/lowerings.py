@@ -43,8 +43,9 @@ def note(op: str, outcome: str, reason: Reason | None = None) -> None:
     record("lower", op, layer_of(node) if node is not None else "", outcome, reason)
 
 
-def _fallback(op: Any, reason: Reason, *args: Any) -> Any:
-    note(op._schema.name, "the op's own kernel", reason)
+def fallback_noted(op: Any, reason: Reason, *args: Any) -> Any:
+    """The op's own kernel, recorded with the reason."""
+    note(op._schema.name.removeprefix("diffulex::"), "the op's own kernel", reason)
     return _compat.fallback(op, *args)
 
 
@@ -93,7 +94,7 @@ def _moe_expert_up(
 ) -> Any:
     reason = refusal(hidden)
     if reason is not None:
-        return _fallback(
+        return fallback_noted(
             _OPS.moe_expert_up.default, reason, hidden, w13, b13, order, offsets, top_k, act, interleaved
         )
     act = canonical(act)
@@ -114,7 +115,7 @@ def _moe_expert_up(
 def _moe_expert_down(act: Any, w2: Any, b2: Any, order: Any, offsets: Any) -> Any:
     reason = refusal(act)
     if reason is not None:
-        return _fallback(_OPS.moe_expert_down.default, reason, act, w2, b2, order, offsets)
+        return fallback_noted(_OPS.moe_expert_down.default, reason, act, w2, b2, order, offsets)
     variant = ExpertGemmVariant(
         gather=False,
         scatter=True,
@@ -134,7 +135,7 @@ def _grad_weight_grid(experts: Any, left: Any, right: Any, meta: dict[str, Any],
 def _moe_expert_grad_weight(left: Any, right: Any, left_index: Any, right_index: Any, offsets: Any) -> Any:
     reason = refusal(left)
     if reason is not None:
-        return _fallback(
+        return fallback_noted(
             _OPS.moe_expert_grad_weight.default, reason, left, right, left_index, right_index, offsets
         )
     variant = GradWeightVariant(left_index is not None, right_index is not None, dot_precision(left.get_dtype()))
@@ -161,7 +162,7 @@ def _moe_combine(slots: Any, weights: Any) -> Any:
     """Inductor IR, so it folds into one kernel with the residual and the next norm; K terms in slot order."""
     reason = refusal(slots)
     if reason is not None:
-        return _fallback(_OPS.moe_combine.default, reason, slots, weights)
+        return fallback_noted(_OPS.moe_combine.default, reason, slots, weights)
     lower = _compat.lowerings
     aten, prims = torch.ops.aten, torch.ops.prims
     num_tokens, top_k = weights.get_size()

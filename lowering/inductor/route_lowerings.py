@@ -1,0 +1,95 @@
+"""Inductor lowerings of `moe_route` and `moe_dispatch`: one generated kernel each, several outputs.
+
+A template has one output; the others are buffers it mutates, as Inductor's own attention templates do it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from ..ops.moe_dispatch import dispatch_constants, dispatch_schedule
+from ..ops.moe_route import route_constants, route_schedule
+from ..spec import RoutingSpec
+from ..templates.render import template_text
+from . import _compat
+from .gemm_plan import rows_bound
+from .lowerings import fallback_noted, note, refusal
+
+_OPS = torch.ops.diffulex
+_MANY_ROWS = 1 << 17
+
+
+@functools.cache
+def _template(name: str, grid: Any) -> Any:
+    return _compat.TritonTemplate(name=name, grid=grid, source=template_text(name))
+
+
+@_compat.SymbolicGridFn
+def _route_grid(tokens: Any, top_k: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
+    return (cdiv(tokens, meta["BLOCK_T"]), 1, 1)
+
+
+@_compat.SymbolicGridFn
+def _dispatch_grid(bounds: Any, meta: dict[str, Any]) -> tuple[Any, Any, Any]:
+    return (bounds, 1, 1)
+
+
+def _empty(like: Any, size: list[Any], dtype: torch.dtype) -> Any:
+    buffer = _compat.empty_strided(size, None, dtype=dtype, device=like.get_device())
+    buffer.realize()
+    return buffer
+
+
+@_compat.register_lowering(_OPS.moe_route.default, type_promotion_kind=None)
+def _moe_route(logits: Any, bias: Any, ids: Any, *options: Any) -> Any:
+    reason = refusal(logits)
+    if reason is not None:
+        return fallback_noted(_OPS.moe_route.default, reason, logits, bias, ids, *options)
+    spec = RoutingSpec(*options)
+    num_tokens, num_experts = logits.get_size()
+    num_experts = _compat.static_size(num_experts)
+    given = ids is not None
+    constants = route_constants(spec, num_experts, bias=bias is not None, ids=given)
+    schedule, num_warps = route_schedule(num_tokens if isinstance(num_tokens, int) else 64, num_experts)
+    ids_out = _empty(logits, [num_tokens, spec.top_k], torch.int32)
+    extra = [ids] if given else [bias] if bias is not None else []
+    inputs = _compat.realize_inputs(logits, *extra, ids_out)
+    weights = _compat.run_template(
+        _template("moe_route", _route_grid),
+        inputs,
+        _compat.fixed_layout(logits, torch.float32, [num_tokens, spec.top_k]),
+        num_warps=num_warps,
+        num_stages=1,
+        constants=constants | schedule,
+        mutated_inputs=[inputs[-1]],
+    )
+    note("moe_route", f"triton moe_route {schedule['BLOCK_T']} tokens a program")
+    return weights, ids_out
+
+
+@_compat.register_lowering(_OPS.moe_dispatch.default, type_promotion_kind=None)
+def _moe_dispatch(ids: Any, num_experts: int) -> Any:
+    reason = refusal(ids, dtypes=(torch.int32, torch.int64))
+    if reason is not None:
+        return fallback_noted(_OPS.moe_dispatch.default, reason, ids, num_experts)
+    num_tokens, top_k = ids.get_size()
+    top_k = _compat.static_size(top_k)
+    slots = num_tokens * top_k
+    bound = rows_bound(slots, _compat.current_fx_node(), ids.get_device())
+    schedule, num_warps = dispatch_schedule(_MANY_ROWS if bound is None else bound)
+    order, token = (_empty(ids, [slots], torch.int32) for _ in range(2))
+    inputs = [*_compat.contiguous_inputs(ids), *_compat.realize_inputs(order, token)]
+    offsets = _compat.run_template(
+        _template("moe_dispatch", _dispatch_grid),
+        inputs,
+        _compat.fixed_layout(ids, torch.int32, [num_experts + 1]),
+        num_warps=num_warps,
+        num_stages=1,
+        constants=dispatch_constants(num_experts, top_k) | schedule,
+        mutated_inputs=inputs[1:],
+    )
+    note("moe_dispatch", f"triton moe_dispatch {num_warps} warps")
+    return order, token, offsets
