@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lowering.ops  # noqa: F401  registers torch.ops.diffulex
 from lowering.activation import evaluate, is_gated, split_gate
 from lowering.reference.moe_block import moe_block_reference
 
