@@ -228,7 +228,7 @@ def _spread(values_TK: Tensor, ids_TK: Tensor, num_experts: int, given: bool) ->
     if given:
         same_TKK = ids_TK.unsqueeze(2) == ids_TK.unsqueeze(1)
         values_TK = torch.where(same_TKK, values_TK.unsqueeze(1), 0.0).sum(2)
-    zeros = values_TK.new_zeros(values_TK.shape[0], num_experts + given)
+    zeros = values_TK.new_zeros(values_TK.shape[0], num_experts + int(given))
     return zeros.scatter(1, ids_TK, values_TK)[:, :num_experts]
 
 
