@@ -132,6 +132,8 @@ def _check(node: ast.expr, act: str, depth: int = 0) -> float | None:
             return None
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             first, second = _check(left, act, depth + 1), _check(right, act, depth + 1)
+            if isinstance(op, ast.Div) and second == 0:
+                raise _unknown(act)
             if first is None or second is None:
                 return None
             value = _ARITHMETIC[type(op)](first, second)
