@@ -40,11 +40,13 @@ _NUMBERS = st.sampled_from(["0.0", "1.0", "2", "0.5", "7.0", "1.702", "1e-3"])
 
 def _grow(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     operand = inner | inner | _NUMBERS
+    divisor = inner | _NUMBERS.filter(lambda number: float(number) != 0)  # a division by zero is refused
     return st.one_of(
         st.builds("{}({})".format, st.sampled_from(_UNARY), inner),
         st.builds("{}({}, {})".format, st.sampled_from(_BINARY), inner, operand),
         st.builds("{}({}, {})".format, st.sampled_from(_BINARY), _NUMBERS, inner),
-        st.builds("({} {} {})".format, inner, st.sampled_from("+-*/"), operand),
+        st.builds("({} {} {})".format, inner, st.sampled_from("+-*"), operand),
+        st.builds("({} / {})".format, inner, divisor),
         st.builds("({} {} {})".format, _NUMBERS, st.sampled_from("+-*/"), inner),
         st.builds("(-{})".format, inner),
     )
