@@ -34,7 +34,7 @@ def applied(graph_pass: GraphPass, module: GraphModule) -> GraphModule:
 
 
 def backend_with(graph_pass: GraphPass) -> Any:
-    """A backend for `torch.compile` that runs the pass where Inductor runs its joint passes, then the graph as it is."""
+    """A backend for `torch.compile` that runs the pass where Inductor runs its joint passes, then runs the graph."""
 
     def run(module: GraphModule, example_inputs: Any) -> Any:
         return make_boxed_func(module.forward)

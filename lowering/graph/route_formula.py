@@ -1,0 +1,221 @@
+"""Recognise a router's formula in a functional ATen graph, from the weights back to the logits.
+
+A router picks K of E experts with one top-k and weighs them. Verified are: where the weights come from (the top-k's
+values, or a gather at its indices; a score function after the selection; renormalised; scaled), what the selection is
+made on, and what the scores are. Whatever is not verified is refused with a typed reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Node
+
+from ..errors import ReasonCode
+from ..spec import RoutingSpec
+from ._route_choice import read_choice, read_topk
+from ._route_scores import is_row_reduction, match_score
+from .dataflow import (
+    arguments,
+    aten,
+    cast_source,
+    constant,
+    describe,
+    has_shape,
+    is_last_dim,
+    is_op,
+    is_output,
+    origin,
+    peel_casts,
+    peel_widening,
+    refuse,
+    require,
+    same_value,
+    tensor_of,
+)
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class RouteFormula:
+    """A verified router: the value of `weights` [T, K] and the indices of `topk` [T, K] are what `diffulex::moe_route`
+    computes under `spec` from `logits` [T, E] (float16, bfloat16, float32) and `bias` ([E] or [1, E], any float dtype).
+
+    The values of `topk` are those of `selected` [T, E] at its indices; `group_topk` keeps groups, None without groups.
+    """
+
+    spec: RoutingSpec
+    logits: Node
+    bias: Node | None
+    topk: Node
+    weights: Node
+    selected: Node
+    group_topk: Node | None = None
+
+
+class _Weights(NamedTuple):
+    """The end of a formula: K values picked from `source` [T, E], then `score` (None: applied before), and so on."""
+
+    source: Node
+    score: str | None
+    renorm: bool
+    eps: float
+    scale: float
+
+
+def match_formula(weights: Node, topk: Node) -> RouteFormula:
+    """Verify that `weights` [T, K], any float dtype, are the weights of the experts that `topk` selects.
+
+    The weights of the result stand behind casts, views and runtime factors of the given ones. Raises `MatchError`.
+    """
+    selected, top_k = read_topk(topk)
+    require(tensor_of(selected).dim() == 2, "the selection is not on a [T, E] matrix", code=ReasonCode.SHAPE)
+    end = _behind_factors(weights)
+    require(has_shape(end, (tensor_of(selected).shape[0], top_k)), "the weights are not one per chosen expert")
+    read = _read_weights(end, topk)
+    if read.score is not None:
+        # Softmax keeps the order of the logits; where sigmoid saturates, scores tie that the logits told apart.
+        order = f"{read.score} after the selection: the op selects on the scores"
+        require(read.score == "softmax", order, code=ReasonCode.OPTION)
+        logits = _logits(selected)
+        same = same_value(peel_widening(read.source), logits)
+        require(same, "the weights are picked from another tensor than the selection is made on")
+        spec = RoutingSpec(top_k, "softmax", renorm=True, scale=read.scale)
+        return RouteFormula(spec, logits, None, topk, end, selected)
+    choice = read_choice(selected)
+    score, logits = _scores(choice.scores)
+    options = choice.groups.options if choice.groups else {}
+    if same_value(read.source, selected):
+        require(choice.bias is None, "the selection bias stays in the weights", code=ReasonCode.OPTION)
+        # The weights are masked scores. Scores are never negative: filled with 0, a masked expert is chosen only in a
+        # tie with a kept score of 0 and weighs 0. With "-inf" the op gives the same weights.
+        options = options and {**options, "group_fill": "-inf"}
+    else:
+        same = same_value(peel_casts(read.source), choice.scores)
+        require(same, "the weights are gathered from another tensor than the scores of the selection")
+    spec = RoutingSpec(top_k, score, renorm=read.renorm, eps=read.eps, scale=read.scale, **options)
+    _check_groups(spec, logits)
+    group_topk = choice.groups.topk if choice.groups else None
+    return RouteFormula(spec, logits, choice.bias, topk, end, choice.biased, group_topk)
+
+
+def _check_groups(spec: RoutingSpec, logits: Node) -> None:
+    """Refuse where masked experts must be chosen, because too few are kept."""
+    if spec.n_group > 1:
+        kept = tensor_of(logits).shape[1] // spec.n_group * spec.topk_group
+        detail = f"{spec.top_k} experts are chosen where the groups keep {kept}"
+        require(spec.top_k <= kept, detail, code=ReasonCode.OPTION)
+
+
+def _behind_factors(weights: Node) -> Node:
+    """The node behind casts, views and factors that are one runtime number for all weights (under dynamic=True a float
+    attribute of the model is an input of the graph). Those stay in the graph and are applied to the op's weights.
+    """
+    while True:
+        node = origin(weights)
+        if is_op(node, aten.mul.Tensor):
+            left, right = node.args
+            if isinstance(left, Node) and _is_runtime_number(right):
+                node = left
+            elif isinstance(right, Node) and _is_runtime_number(left):
+                node = right
+        if node is weights:
+            return node
+        weights = node
+
+
+def _is_runtime_number(node: Any) -> bool:
+    return isinstance(node, Node) and constant(node) is None and has_shape(node, ())
+
+
+def _read_weights(end: Node, topk: Node) -> _Weights:
+    node, scale = _without_scale(end)
+    picked = _picked(node, topk)
+    if picked is not None:
+        source, score = picked
+        # A softmax over the chosen logits is the renormalised softmax over all of them.
+        return _Weights(source, score, renorm=score == "softmax", eps=0.0, scale=scale)
+    require(is_op(node, aten.div.Tensor), f"the weights come from {describe(node)}")
+    numerator, denominator = node.args
+    picked = _picked(numerator, topk)
+    if picked is None:
+        refuse(f"the weights come from a division of {describe(numerator)}, which the top-k does not pick")
+    source, score = picked
+    require(score != "softmax", "a softmax over the chosen values is normalised again", code=ReasonCode.OPTION)
+    return _Weights(source, score, renorm=True, eps=_renorm_eps(numerator, denominator), scale=scale)
+
+
+def _without_scale(node: Node) -> tuple[Node, float]:
+    """Peel `* c` with a constant c."""
+    node = peel_casts(node)
+    if not is_op(node, aten.mul.Tensor, aten.mul.Scalar):
+        return node, 1.0
+    for rest, factor in (node.args, node.args[::-1]):
+        scale = constant(factor)
+        if scale is not None and isinstance(rest, Node):
+            return peel_casts(rest), float(scale)
+    return refuse("the weights are scaled by a tensor", code=ReasonCode.OPTION)
+
+
+def _picked(node: Any, topk: Node) -> tuple[Node, str | None] | None:
+    """What the K values are picked from and the score function applied to them after the selection, if any."""
+    node = peel_casts(node)
+    source = _source(node, topk)
+    if source is not None or not isinstance(node, Node):
+        return None if source is None else (source, None)
+    scored = match_score(node)
+    if scored is None:
+        return None
+    source = _source(peel_widening(scored[1]), topk)
+    return None if source is None else (source, scored[0])
+
+
+def _source(node: Any, topk: Node) -> Node | None:
+    """[T, E] where the node [T, K] is the top-k's values or a gather from [T, E] at its indices."""
+    if is_output(node, topk, index=0):
+        return arguments(topk)["self"]
+    if is_op(node, aten.gather.default):
+        given = arguments(node)
+        if is_last_dim(given["dim"], given["self"]) and is_output(peel_casts(given["index"]), topk, index=1):
+            return given["self"]
+    return None
+
+
+def _renorm_eps(numerator: Any, denominator: Any) -> float:
+    """The eps of `x / (sum(x) + eps)`."""
+    denominator, eps = peel_casts(denominator), 0.0
+    clamped = is_op(denominator, aten.clamp_min, aten.clamp, aten.maximum)
+    require(not clamped, "the sum of the weights is clamped; the op adds an eps to it", code=ReasonCode.OPTION)
+    if is_op(denominator, aten.add.Tensor, aten.add.Scalar):
+        added = constant(denominator.args[1])
+        if added is None or arguments(denominator)["alpha"] != 1:
+            refuse("what is added to the sum of the weights is not a constant", code=ReasonCode.OPTION)
+        denominator, eps = denominator.args[0], float(added)
+    is_sum = is_row_reduction(denominator, numerator, aten.sum.dim_IntList)
+    require(is_sum, "the weights are divided by something else than their sum over the chosen experts")
+    return eps
+
+
+def _scores(scores: Node) -> tuple[str, Node]:
+    """Name of the score function and the logits."""
+    scored = match_score(scores)
+    if scored is not None:
+        return scored[0], _logits(scored[1])
+    source = cast_source(scores)
+    rounded = source is not None and tensor_of(source).dtype in _HALVES
+    require(not rounded, "the scores are rounded to 16 bits before the selection", code=ReasonCode.DTYPE)
+    return refuse(
+        f"the selection is made on {describe(scores)}, not on a score function of the logits that the op knows"
+    )
+
+
+def _logits(node: Node) -> Node:
+    """The logits [T, E] in the dtype they were computed in."""
+    logits = peel_widening(node)
+    dtype = tensor_of(logits).dtype
+    require(dtype in (*_HALVES, torch.float32), f"the logits are {dtype}", code=ReasonCode.DTYPE)
+    require(tensor_of(logits).dim() == 2, "the logits are not a [T, E] matrix", code=ReasonCode.SHAPE)
+    return logits
