@@ -35,7 +35,7 @@ def load(paths: list[str]) -> dict[Cell, tuple[np.ndarray, np.ndarray]]:
                 sizes = (shape.hidden, shape.intermediate, 2) if stage == "up" else (shape.intermediate, shape.hidden, 1)
                 schedule = [float(row[k]) for k in ("block_m", "block_n", "block_k", "num_warps", "num_stages")]
                 machine = [device.num_sms, device.bandwidth, device.matrix_rate, device.shared_memory]
-                arguments = [tokens, shape.top_k, shape.num_experts, *sizes, 2, *schedule, *machine]
+                arguments = [tokens * shape.top_k, shape.num_experts, *sizes, 2, *schedule, *machine]
                 rows[row["shape"], stage, tokens].append((arguments, float(row["us"]) * 1e-6))
     return {
         cell: (np.array([a for a, _ in data], dtype=float).T, np.array([t for _, t in data]))
@@ -84,7 +84,7 @@ def main() -> None:
             print(f'    "{name}": {value:.3g},')
     for cell, (regret, pick) in picks.items():
         arguments_, measured = cells[cell]
-        picked = "x".join(f"{v:.0f}" for v in arguments_[7:10, pick]) + f" w{arguments_[10, pick]:.0f} s{arguments_[11, pick]:.0f}"
+        picked = "x".join(f"{v:.0f}" for v in arguments_[6:9, pick]) + f" w{arguments_[9, pick]:.0f} s{arguments_[10, pick]:.0f}"
         print(f"{cell!s:30} best {measured.min() * 1e6:8.1f} us, picked {picked:22} +{regret * 100:.1f} %")
     print(f"mean regret {np.mean([r for r, _ in picks.values()]) * 100:.1f} %, objective {best:.4f}")
 

@@ -28,8 +28,8 @@ ROUTINGS = 8
 
 def _gemm_shape(shape: Shape, stage: str) -> GemmShape:
     if stage == "up":
-        return GemmShape(shape.num_experts, shape.top_k, shape.hidden, shape.intermediate, True)
-    return GemmShape(shape.num_experts, shape.top_k, shape.intermediate, shape.hidden, False)
+        return GemmShape(shape.num_experts, shape.hidden, shape.intermediate, True)
+    return GemmShape(shape.num_experts, shape.intermediate, shape.hidden, False)
 
 
 def _variant(stage: str) -> ExpertGemmVariant:

@@ -10,6 +10,7 @@ from torch.fx import Graph
 from ..report import layer_of, logger, record
 from .activation_pass import ActivationRecord, activation_pass
 from .route_pass import RouteRecord, route_pass
+from .router_linear_pass import RouterLinearRecord, router_linear_pass
 from .spine_pass import SpineRecord, spine_pass
 
 
@@ -23,6 +24,11 @@ def _note_route(found: RouteRecord) -> None:
     record("recognise", "route_pass", found.module, outcome, found.reason)
 
 
+def _note_router_linear(found: RouterLinearRecord) -> None:
+    outcome = "left as it is" if found.reason else "reads 16-bit operands"
+    record("recognise", "router_linear_pass", layer_of(found.route), outcome, found.reason)
+
+
 def _note_activation(found: ActivationRecord) -> None:
     outcome = "stays aten" if found.reason else f"folded {found.formula}"
     record("recognise", "activation_pass", layer_of(found.down), outcome, found.reason)
@@ -31,6 +37,7 @@ def _note_activation(found: ActivationRecord) -> None:
 _PASSES = {
     "spine_pass": lambda graph: spine_pass(graph, record=_note_spine),
     "route_pass": lambda graph: route_pass(graph, record=_note_route),
+    "router_linear_pass": lambda graph: router_linear_pass(graph, record=_note_router_linear),
     "activation_pass": lambda graph: activation_pass(graph, record=_note_activation),
 }
 
