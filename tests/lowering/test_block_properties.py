@@ -45,7 +45,7 @@ def dense_expert(block, expert):
     """One expert's MLP on every token, [T, H]."""
     bias, bias_2 = (None if b is None else b[expert] for b in (block.b13_EJ, block.b2_EH))
     pre = torch.nn.functional.linear(block.hidden_TH, block.w13_EJH[expert], bias)
-    act = evaluate(block.act, *split_gate(pre, block.act, block.interleaved))
+    act = evaluate(block.act, *split_gate(pre, block.act, interleaved=block.interleaved))
     return torch.nn.functional.linear(act, block.w2_EHI[expert], bias_2)
 
 
@@ -220,7 +220,7 @@ def test_rows_of_padding_change_nothing(form, padding, sentinel):
         ids_TK=torch.cat((block.ids_TK, ids)),
     )
     out, longer = block.chain(), padded.chain()
-    assert torch.equal(longer[: form.tokens], out)
+    assert_near_exact(longer[: form.tokens], out)  # SIMD remainders round otherwise, so not bitwise
     assert torch.equal(longer[form.tokens :], torch.zeros_like(longer[form.tokens :]))
     grads = []
     for source in (block, padded):
