@@ -223,11 +223,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Routing) -> None:
 def _spread(values_TK: Tensor, ids_TK: Tensor, num_experts: int, given: bool) -> Tensor:
     """[T, E]: the sum of the values [T, K] of each expert; ids [T, K] int64 in [0, E], where E means none.
 
-    Without atomics: equal ids of a token are added up first, and then write the same sum to the same place.
+    Without atomics: equal ids of a token are added up where the first of them stands; the others go to column E.
     """
     if given:
         same_TKK = ids_TK.unsqueeze(2) == ids_TK.unsqueeze(1)
         values_TK = torch.where(same_TKK, values_TK.unsqueeze(1), 0.0).sum(2)
+        ids_TK = torch.where(same_TKK.tril(-1).any(2), num_experts, ids_TK)
     zeros = values_TK.new_zeros(values_TK.shape[0], num_experts + int(given))
     return zeros.scatter(1, ids_TK, values_TK)[:, :num_experts]
 
@@ -254,6 +255,8 @@ def _backward(ctx: Any, grad_TK: Tensor, _: Tensor | None) -> tuple[Tensor | Non
     chosen_TK = scores_TK if valid_TK is None else torch.where(valid_TK, scores_TK, 0.0)
     if spec.renorm:
         total_T1 = chosen_TK.sum(1, keepdim=True) + spec.eps
+        if valid_TK is not None:
+            total_T1 = torch.where(valid_TK.any(1, keepdim=True), total_T1, 1.0)
         grad_TK = (grad_TK - (grad_TK * chosen_TK).sum(1, keepdim=True) / total_T1) / total_T1
     if valid_TK is not None:
         grad_TK = torch.where(valid_TK, grad_TK, 0.0)

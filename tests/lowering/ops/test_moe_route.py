@@ -1,0 +1,511 @@
+"""`diffulex::moe_route` against its oracle: selection, ties, groups, NaN, given ids, gradients; what it refuses."""
+
+import dataclasses
+import math
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from lowering.errors import MoEDeviceError, MoEDtypeError, MoEOptionError, MoERangeError, MoEShapeError
+from lowering.ops import moe_route
+from lowering.reference.moe_route import moe_route_reference
+from lowering.spec import GROUP_FILLS, GROUP_SCORES, SCORES, RoutingSpec
+from lowering.templates import standalone
+from lowering.templates.render import template_text
+from tests.support.catalogue import assert_refused
+from tests.support.inputs import DEVICES, LOW_DTYPES
+from tests.support.interpreter import interpreter
+from tests.support.oracle import assert_near_exact, assert_oracle_ratio, gradients, random_like
+
+MODULE = sys.modules["lowering.ops.moe_route"]
+DTYPES = (*LOW_DTYPES, torch.float64)
+UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+SPECS = {
+    "softmax": RoutingSpec(3),
+    "softmax_plain": RoutingSpec(3, renorm=False, scale=16.0),
+    "sigmoid": RoutingSpec(2, "sigmoid", eps=1e-6),
+    "deepseek_v3": RoutingSpec(3, "sigmoid", 4, 2, eps=1e-20, scale=2.5),
+    "deepseek_v2": RoutingSpec(3, n_group=4, topk_group=2, group_score="max", group_fill="0", renorm=False, scale=16.0),
+    "sqrtsoftplus": RoutingSpec(3, "sqrtsoftplus", eps=1e-20, scale=1.5),
+    "groups_of_one": RoutingSpec(2, "sigmoid", 16, 4),
+    "more_than_the_groups_hold": RoutingSpec(6, "sigmoid", 4, 1, scale=2.0),
+    "every_expert": RoutingSpec(16),
+    "one": RoutingSpec(1, "sigmoid", renorm=False),
+}
+EXPERTS = 16
+
+
+def route(logits, spec, bias=None, ids=None):
+    return moe_route(logits, bias, ids, *spec.op_args())
+
+
+def values(kind, shape, seed, dtype=torch.float32):
+    """normal; grid: many ties; equal: nothing but ties; special: with NaN and both infinities."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "grid":
+        return (torch.randint(-4, 5, shape, generator=generator) / 2).to(dtype)
+    if kind == "equal":
+        return torch.full(shape, 0.25, dtype=dtype)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * 3
+    if kind == "special":
+        special = torch.tensor([math.nan, math.inf, -math.inf, 0.0], dtype=torch.float64)
+        choice = torch.randint(0, 16, shape, generator=generator)
+        drawn = torch.where(choice < 4, special[choice.clamp(max=3)], drawn)
+    return drawn.to(dtype)
+
+
+def with_ties(tokens, dtype=torch.float32, seed=0):
+    """Logits [T, 16] without near ties and with exact ones: columns 3 and 5 repeat columns 9 and 1."""
+    logits = values("normal", (tokens, EXPERTS), seed, dtype)
+    logits[:, 3], logits[:, 5] = logits[:, 9], logits[:, 1]
+    return logits
+
+
+def given_ids(tokens, top_k, num_experts, seed=0, dtype=torch.int32):
+    """Ids [T, K]: duplicates, and some outside [0, E)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, num_experts + 2, (tokens, top_k), generator=generator).to(dtype)
+
+
+def assert_same(ours, wanted, *, rtol=1e-6):
+    (weights, ids), (wanted_weights, wanted_ids) = ours, wanted
+    assert ids.dtype == torch.int32
+    assert torch.equal(ids.cpu(), wanted_ids)
+    torch.testing.assert_close(weights.cpu(), wanted_weights, rtol=rtol, atol=1e-12, equal_nan=True)
+
+
+def wide(dtype):
+    return torch.promote_types(dtype, torch.float32)
+
+
+# --- against the oracle ----------------------------------------------------------------------------------------------
+
+
+@st.composite
+def routings(draw):
+    n_group = draw(st.integers(1, 4))
+    num_experts = n_group * draw(st.integers(1, 5))
+    spec = RoutingSpec(
+        draw(st.integers(1, num_experts)),
+        draw(st.sampled_from(SCORES)),
+        n_group,
+        draw(st.integers(1, n_group)),
+        draw(st.sampled_from(GROUP_SCORES)),
+        draw(st.sampled_from(GROUP_FILLS)),
+        draw(st.booleans()),
+        draw(st.sampled_from([0.0, 1e-20, 1e-2])),
+        draw(st.sampled_from([1.0, 2.5])),
+    )
+    kinds = st.sampled_from(["normal", "grid", "equal", "special"])
+    shape, seed = (draw(st.integers(0, 5)), num_experts), draw(st.integers(0, 2**16))
+    logits = values(draw(kinds), shape, seed, draw(st.sampled_from(DTYPES)))
+    bias = values(draw(kinds), (num_experts,), seed + 1) if draw(st.booleans()) else None
+    return logits, spec, bias, seed
+
+
+@given(routings(), st.sampled_from([0, 2048]))
+def test_selection_equals_the_reference(routing, sort_values):
+    """Both ways of selecting: one stable sort, and keys without ties."""
+    logits, spec, bias, _ = routing
+    with mock.patch.object(MODULE, "_SORT_VALUES", sort_values):
+        ours = route(logits, spec, bias)
+    assert_same(ours, moe_route_reference(logits, spec, bias_E=bias, dtype=wide(logits.dtype)))
+    assert ours[0].is_contiguous() and ours[1].is_contiguous()
+
+
+@given(routings(), st.sampled_from([torch.int32, torch.int64]))
+def test_given_ids_equal_the_reference(routing, dtype):
+    logits, spec, bias, seed = routing
+    ids = given_ids(logits.shape[0], spec.top_k, logits.shape[1], seed, dtype)
+    ours = route(logits, spec, bias, ids)
+    assert_same(ours, moe_route_reference(logits, spec, bias_E=bias, ids_TK=ids, dtype=wide(logits.dtype)))
+    assert ours[1].data_ptr() != ids.data_ptr() or ids.numel() == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SPECS)
+def test_equals_reference(name, dtype, biased, device):
+    logits, bias = with_ties(201, dtype), values("normal", (EXPERTS,), 1) / 8 if biased else None
+    on_device = None if bias is None else bias.to(device)
+    ours = route(logits.to(device), SPECS[name], on_device)
+    exact = device == "cpu" or dtype == torch.float64
+    oracle = moe_route_reference(logits, SPECS[name], bias_E=bias, dtype=wide(dtype) if exact else torch.float64)
+    assert_same(ours, (oracle[0].to(ours[0].dtype), oracle[1]), rtol=1e-6 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("name", SPECS)
+def test_given_ids(name, id_dtype, device):
+    logits, spec = with_ties(33), SPECS[name]
+    ids = given_ids(33, spec.top_k, EXPERTS, dtype=id_dtype)
+    ids[0] = EXPERTS  # no valid id at all
+    ours = route(logits.to(device), spec, None, ids.to(device))
+    oracle = moe_route_reference(logits, spec, ids_TK=ids)
+    assert_same(ours, (oracle[0].float(), oracle[1]), rtol=1e-5)
+    assert not ours[0][0].any()
+
+
+def test_ids_beyond_int32_stay_outside():
+    ids = torch.tensor([[2**32, 1], [-(2**33), 2**63 - 1]])
+    weights, out = route(torch.zeros(2, 4), RoutingSpec(2), None, ids)
+    assert out.tolist() == [[4, 1], [4, 4]]
+    assert weights.tolist() == [[0.0, 1.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", LOW_DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["softmax", "deepseek_v3", "deepseek_v2", "sqrtsoftplus"])
+def test_error_ratio(name, dtype):
+    logits, spec = values("normal", (257, EXPERTS), 3, dtype), SPECS[name]
+    weights, ids = route(logits, spec)
+    oracle = moe_route_reference(logits, spec, ids_TK=ids)[0]
+    assert_oracle_ratio(weights, formula(logits, spec, ids), oracle)
+
+
+# --- named cases -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 300])
+@pytest.mark.parametrize("score", SCORES)
+def test_the_lowest_index_wins_a_tie(score, tokens, device):
+    logits = torch.zeros(tokens, 12)
+    logits[:, 7] = 1.0
+    _, ids = route(logits.to(device), RoutingSpec(4, score))
+    assert ids.tolist() == [[7, 0, 1, 2]] * tokens
+    _, ids = route(logits.to(device), RoutingSpec(4, score, 4, 2, group_score="max"))
+    assert ids.tolist() == [[7, 0, 1, 2]] * tokens
+    _, ids = route(logits.to(device), RoutingSpec(6, score, 4, 1))  # the rest of the experts is tied at -inf
+    assert ids.tolist() == [[7, 6, 8, 0, 1, 2]] * tokens
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", SPECS)
+def test_nan_stays_in_its_row(name, device):
+    logits = with_ties(150)
+    clean = route(logits.to(device), SPECS[name])
+    logits[3, 6], logits[77], logits[78], logits[149, 15] = math.nan, math.nan, -math.inf, math.inf
+    weights, ids = route(logits.to(device), SPECS[name])
+    assert ((ids >= 0) & (ids < EXPERTS)).all()
+    assert all(len(set(row)) == len(row) for row in ids.tolist())
+    rest = [t for t in range(150) if t not in (3, 77, 78, 149)]
+    assert torch.equal(weights[rest], clean[0][rest]) and torch.equal(ids[rest], clean[1][rest])
+    assert ids[77].tolist() == moe_route_reference(logits[77:78], SPECS[name])[1][0].tolist()
+    if SPECS[name].score != "softmax":
+        assert ids[3, 0] == 6 and weights[3, 0].isnan()
+
+
+def test_nan_of_either_sign_and_payload_ties():
+    """-NaN, a NaN with a payload and inf: the two NaN first, in order of index."""
+    bits = torch.tensor([[0x3F800000, 0x7F800000, -0x400000 + 5, 0x7FC00007, 0]] * 3, dtype=torch.int32)
+    with mock.patch.object(MODULE, "_SORT_VALUES", 0):
+        assert MODULE._greatest(bits.view(torch.float32), 5).tolist() == [[2, 3, 1, 0, 4]] * 3
+
+
+def test_negative_infinity_in_the_bias_is_not_a_taken_expert():
+    bias = torch.tensor([-math.inf, -math.inf, 0.0, -math.inf])
+    for sort_values in (0, 2048):
+        with mock.patch.object(MODULE, "_SORT_VALUES", sort_values):
+            _, ids = route(torch.zeros(2, 4), RoutingSpec(4), bias)
+        assert ids.tolist() == [[2, 0, 1, 3]] * 2
+
+
+def test_bias_selects_and_does_not_weigh():
+    logits, bias = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([-10.0, 0.0, 5.0])
+    weights, ids = route(logits, RoutingSpec(2, "sigmoid", renorm=False), bias)
+    assert ids.tolist() == [[2, 1]]
+    torch.testing.assert_close(weights, torch.sigmoid(torch.tensor([[0.0, 1.0]])))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", SPECS)
+def test_no_tokens(name, device):
+    spec = SPECS[name]
+    logits = torch.zeros(0, EXPERTS, device=device, requires_grad=True)
+    for ids in (None, torch.zeros(0, spec.top_k, dtype=torch.int64, device=device)):
+        weights, out = route(logits, spec, None, ids)
+        assert weights.shape == out.shape == (0, spec.top_k)
+        assert torch.autograd.grad(weights.sum(), logits)[0].shape == (0, EXPERTS)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strides_do_not_matter(device):
+    logits, ids = with_ties(40).to(device), given_ids(40, 3, EXPERTS).to(device)
+    column_major, every_second = logits.t().contiguous().t(), torch.stack((logits, logits), 2).view(40, 32)[:, ::2]
+    for spec, given_TK in ((SPECS["softmax"], None), (SPECS["deepseek_v3"], None), (SPECS["softmax"], ids)):
+        wanted = route(logits, spec, None, given_TK)
+        for strided in (column_major, every_second):
+            other = None if given_TK is None else given_TK.t().contiguous().t()
+            ours = route(strided, spec, None, other)
+            assert torch.equal(ours[1], wanted[1])
+            torch.testing.assert_close(ours[0], wanted[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("num_experts", [1, 7, 96, 160, 1000])
+def test_any_number_of_experts(num_experts, device):
+    logits = values("normal", (37, num_experts), 4)
+    for spec in (RoutingSpec(min(6, num_experts)), RoutingSpec(1, "sigmoid", num_experts, min(3, num_experts))):
+        ours = route(logits.to(device), spec)
+        oracle = moe_route_reference(logits, spec, dtype=torch.float32)
+        assert_same(ours, oracle, rtol=1e-6 if device == "cpu" else 1e-5)
+
+
+@pytest.mark.gpu
+def test_no_host_sync_and_the_same_bits_on_every_run():
+    logits, bias = with_ties(5000).cuda(), values("normal", (EXPERTS,), 1).cuda()
+    first = route(logits, SPECS["deepseek_v3"], bias)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            again = route(logits, SPECS["deepseek_v3"], bias)
+            double = route(logits.double(), SPECS["deepseek_v3"], bias)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert torch.equal(double[1], first[1])
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_logits():
+    tokens = 2**31 // 1024 + 3
+    logits = torch.zeros(tokens, 1024, dtype=torch.float16, device="cuda")
+    logits[-1, 1000], logits[-2, 5] = 1.0, 2.0
+    _, ids = route(logits, RoutingSpec(1))
+    assert ids[-3:].flatten().tolist() == [0, 5, 1000]
+
+
+# --- the generated kernel in Triton's interpreter --------------------------------------------------------------------
+
+KERNEL_CASES = {
+    **{name: (EXPERTS, spec) for name, spec in SPECS.items()},
+    "odd": (7, RoutingSpec(7, "sqrtsoftplus", renorm=False)),
+    "odd_groups": (15, RoutingSpec(5, "sigmoid", 3, 2)),
+    "odd_groups_zero": (18, RoutingSpec(4, "softmax", 3, 1, "max", "0")),
+    "groups_of_twenty": (160, RoutingSpec(6, "softmax", 8, 3, "max", "-inf", False, 0.0, 16.0)),
+    "single": (1, RoutingSpec(1)),
+}
+
+
+def run_kernel(logits, spec, bias=None, ids=None, block=2):
+    tokens, num_experts = logits.shape
+    weights, out = torch.full((tokens, spec.top_k), -7.0), torch.full((tokens, spec.top_k), -7, dtype=torch.int32)
+    tensors = {"LOGITS": logits, "BIAS": bias, "IDS_IN": ids, "IDS": out, "OUT": weights}
+    constants = dict(MODULE.route_constants(spec, num_experts, bias=bias is not None, ids=ids is not None))
+    constants["BLOCK_T"] = block
+    kernel = standalone.render(
+        template_text("moe_route"), "moe_route", constants=tuple(constants.items()), output_rank=2
+    )
+    after = interpreter().kernel(
+        kernel.source, kernel.arguments(tensors), grid=(-(-tokens // block),), name=kernel.name
+    )
+    after = dict(zip((*kernel.pointers, "OUT"), after, strict=False))
+    return after["OUT"], after["IDS"]
+
+
+@pytest.mark.parametrize("case", KERNEL_CASES)
+def test_kernel_in_the_interpreter(case):
+    """Selection with and without bias, on normal logits and on ties; given ids; special values."""
+    num_experts, spec = KERNEL_CASES[case]
+    bias = values("grid", (num_experts,), 1) / 4
+    for seed, kind in enumerate(("normal", "grid", "special")):
+        logits = values(kind, (5, num_experts), seed)
+        ids = given_ids(5, spec.top_k, num_experts, seed, torch.int64 if seed else torch.int32)
+        for biased, chosen in ((None, None), (bias, None), (None, ids)):
+            ours = run_kernel(logits, spec, biased, chosen)
+            wanted = moe_route_reference(logits, spec, bias_E=biased, ids_TK=chosen, dtype=torch.float32)
+            assert_same(ours, wanted, rtol=5e-6)
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+def formula(logits, spec, ids):
+    """The weights for ids [T, K] as differentiable aten; ids outside [0, E) weigh nothing."""
+    z = logits.to(wide(logits.dtype))
+    if spec.score == "softmax":
+        scores = z.softmax(1)
+    else:
+        scores = z.sigmoid() if spec.score == "sigmoid" else torch.nn.functional.softplus(z).sqrt()
+    valid = (ids >= 0) & (ids < logits.shape[1])
+    chosen = scores.gather(1, ids.long().clamp(0, logits.shape[1] - 1)) * valid
+    if spec.renorm:
+        total = chosen.sum(1, keepdim=True) + spec.eps
+        chosen = chosen / torch.where(total == 0, 1.0, total)
+    return chosen * spec.scale
+
+
+GRADIENT_CASES = [
+    pytest.param(RoutingSpec(3, score, renorm=renorm, eps=eps, scale=1.7), ids, id=f"{score}-{name}-{ids}")
+    for score in SCORES
+    for name, renorm, eps in (("plain", False, 0.0), ("renorm", True, 0.0), ("eps", True, 0.3))
+    for ids in ("selected", "given")
+]
+
+
+def ids_for(kind, tokens, num_experts):
+    if kind == "selected":
+        return None
+    ids = given_ids(tokens, 3, num_experts, 2)
+    ids[0], ids[1] = 4, num_experts  # one expert three times, and nobody
+    return ids
+
+
+@pytest.mark.parametrize(("spec", "kind"), GRADIENT_CASES)
+def test_gradcheck(spec, kind):
+    ids = ids_for(kind, 3, 6)
+    logits = values("normal", (3, 6), 6, torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: route(z, spec, None, ids)[0], (logits,))
+    assert torch.autograd.gradgradcheck(lambda z: route(z, spec, None, ids)[0], (logits,))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("spec", "kind"), GRADIENT_CASES)
+def test_gradients_equal_those_of_the_formula(spec, kind, dtype, device):
+    ids = ids_for(kind, 65, EXPERTS)
+    ids = None if ids is None else ids.to(device)
+    logits = with_ties(65, dtype).to(device).requires_grad_()
+    weights, out = route(logits, spec, None, ids)
+    assert not out.requires_grad
+    grad = random_like(weights)
+
+    def grad_of(function, leaf):
+        return gradients(function, (leaf,), grad)[0]
+
+    ours = grad_of(lambda z: route(z, spec, None, ids)[0], logits)
+    eager = grad_of(lambda z: formula(z, spec, out), logits)
+    double = logits.detach().double().requires_grad_()
+    oracle = grad_of(lambda z: formula(z, spec, out), double)
+    assert ours.dtype == dtype
+    if dtype == torch.float64:
+        assert_near_exact(ours, oracle)
+    else:
+        assert_oracle_ratio(ours, eager, oracle)
+    again = grad_of(lambda z: route(z, spec, None, ids)[0], logits)
+    assert torch.equal(ours, again)
+
+
+def test_bias_and_ids_get_no_gradient():
+    logits, bias = with_ties(4).requires_grad_(), torch.zeros(EXPERTS, requires_grad=True)
+    weights, _ = route(logits, SPECS["sigmoid"], bias)
+    assert torch.autograd.grad(weights.sum(), (logits, bias), allow_unused=True)[1] is None
+
+
+def test_nan_stays_in_its_row_of_the_gradient():
+    logits = with_ties(4)
+    logits[2, 5] = math.nan
+    logits.requires_grad_()
+    for spec in (SPECS["softmax"], SPECS["sigmoid"]):
+        (grad,) = torch.autograd.grad(route(logits, spec)[0].pow(2).sum(), logits)
+        assert grad[2].isnan().any() and grad[[0, 1, 3]].isfinite().all()
+
+
+def test_the_slope_of_a_vanished_score_is_zero():
+    logits = torch.tensor([[-200.0, 0.0, 1.0]], requires_grad=True)
+    weights, _ = route(logits, RoutingSpec(3, "sqrtsoftplus"))
+    (grad,) = torch.autograd.grad(weights.pow(2).sum(), logits)
+    assert grad.isfinite().all() and grad[0, 0] == 0
+
+
+# --- tracing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["softmax", "deepseek_v3", "sqrtsoftplus"])
+@pytest.mark.parametrize("kind", ["selected", "given"])
+def test_one_dynamic_training_graph(name, kind):
+    spec = SPECS[name]
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+    def loss(logits, ids):
+        return route(logits, spec, None, ids)[0].pow(2).sum()
+
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    for tokens in (5, 3, 64):
+        logits = with_ties(tokens).requires_grad_()
+        ids = None if kind == "selected" else given_ids(tokens, spec.top_k, EXPERTS)
+        for tensor in (logits, ids):
+            if tensor is not None:
+                torch._dynamo.mark_dynamic(tensor, 0)
+        (ours,) = torch.autograd.grad(compiled(logits, ids), logits)
+        (wanted,) = torch.autograd.grad(loss(logits, ids), logits)
+        torch.testing.assert_close(ours, wanted)
+    assert counter.frame_count == 1
+
+
+def test_exports_with_a_dynamic_number_of_tokens():
+    class Router(torch.nn.Module):
+        def forward(self, logits):
+            return route(logits, SPECS["deepseek_v3"])
+
+    tokens = torch.export.Dim("tokens", min=0)
+    program = torch.export.export(Router(), (with_ties(5),), dynamic_shapes=({0: tokens},))
+    assert [n.target for n in program.graph.nodes if "moe_route" in str(n.target)] == [moe_route]
+    for count in (0, 1, 9):
+        logits = with_ties(count)
+        ours, wanted = program.module()(logits), route(logits, SPECS["deepseek_v3"])
+        assert torch.equal(ours[0], wanted[0]) and torch.equal(ours[1], wanted[1])
+
+
+OPCHECKS = {
+    **{f"{name}-{dtype}": (SPECS[name], dtype, False) for name in SPECS for dtype in (torch.float32, torch.bfloat16)},
+    **{f"{name}-given": (SPECS[name], torch.float32, True) for name in ("softmax", "sigmoid", "sqrtsoftplus")},
+    "double": (SPECS["deepseek_v3"], torch.float64, False),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
+@pytest.mark.parametrize("case", OPCHECKS)
+def test_opcheck(case, grad, device):
+    spec, dtype, given_too = OPCHECKS[case]
+    logits = with_ties(6, dtype).to(device).requires_grad_(grad)
+    bias = torch.linspace(-1, 1, EXPERTS, device=device)
+    ids = given_ids(6, spec.top_k, EXPERTS).to(device) if given_too else None
+    outcome = torch.library.opcheck(moe_route, (logits, bias, ids, *spec.op_args()), test_utils=UTILITIES)
+    assert outcome == dict.fromkeys(UTILITIES, "SUCCESS")
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+GOOD = {"logits": torch.zeros(5, 8), "bias": None, "ids": None, **dataclasses.asdict(RoutingSpec(2))}
+BAD = {
+    "logits_rank": ({"logits": torch.zeros(1, 5, 8)}, MoEShapeError, "(1, 5, 8)"),
+    "logits_dtype": ({"logits": torch.zeros(5, 8, dtype=torch.int32)}, MoEDtypeError, "torch.int32"),
+    "k_above_E": ({"top_k": 9}, MoERangeError, "top_k=9"),
+    "k_zero": ({"top_k": 0}, MoERangeError, "top_k=0"),
+    "k_negative": ({"top_k": -1}, MoERangeError, "top_k=-1"),
+    "score": ({"score": "relu"}, MoEOptionError, "'relu'"),
+    "group_score": ({"group_score": "mean"}, MoEOptionError, "'mean'"),
+    "group_fill": ({"group_fill": "1"}, MoEOptionError, "'1'"),
+    "groups_do_not_divide": ({"n_group": 3}, MoERangeError, "n_group=3"),
+    "no_group": ({"n_group": 0}, MoERangeError, "n_group=0"),
+    "too_many_groups_kept": ({"n_group": 2, "topk_group": 3}, MoERangeError, "topk_group=3"),
+    "bias_rank": ({"bias": torch.zeros(1, 8)}, MoEShapeError, "(1, 8)"),
+    "bias_length": ({"bias": torch.zeros(7)}, MoEShapeError, "7"),
+    "bias_dtype": ({"bias": torch.zeros(8, dtype=torch.int64)}, MoEDtypeError, "torch.int64"),
+    "bias_device": ({"bias": torch.zeros(8, device="meta")}, MoEDeviceError, "meta"),
+    "ids_rank": ({"ids": torch.zeros(10, dtype=torch.int32)}, MoEShapeError, "(10,)"),
+    "ids_rows": ({"ids": torch.zeros(4, 2, dtype=torch.int32)}, MoEShapeError, "4"),
+    "ids_columns": ({"ids": torch.zeros(5, 3, dtype=torch.int32)}, MoEShapeError, "3"),
+    "ids_dtype": ({"ids": torch.zeros(5, 2)}, MoEDtypeError, "torch.float32"),
+    "ids_device": ({"ids": torch.zeros(5, 2, dtype=torch.int32, device="meta")}, MoEDeviceError, "meta"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refuses(case):
+    changes, kind, got = BAD[case]
+    assert_refused(moe_route, GOOD | changes, kind, got=got)
+
+
+def test_accepts_what_the_refusals_change():
+    moe_route(**GOOD)
