@@ -113,7 +113,7 @@ def ceilings() -> tuple[float, float]:
             times.append(start.elapsed_time(end) * 1e-3)
         return statistics.median(times)
 
-    return 2 * 8192**3 / seconds(lambda: a @ b), big.numel() * 4 / seconds(lambda: big.sum())
+    return 2 * 8192**3 / seconds(lambda: a @ b), big.numel() * 4 / seconds(big.sum)
 
 
 def floor(shape: Shape, tokens: int, matrix_rate: float, read_rate: float) -> float:
@@ -159,7 +159,7 @@ def main() -> None:
     print("shape    tokens    floor     ours    stock  stock/ours  floor/ours  error ours/stock")
     with open(arguments.out, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow("device shape tokens floor_us ours_us stock_us error_ours error_stock".split())
+        writer.writerow(["device", "shape", "tokens", "floor_us", "ours_us", "stock_us", "error_ours", "error_stock"])
         for name in arguments.shapes:
             for tokens in arguments.tokens:
                 began = time.time()

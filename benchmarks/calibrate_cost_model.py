@@ -32,7 +32,9 @@ def load(paths: list[str]) -> dict[Cell, tuple[np.ndarray, np.ndarray]]:
         with open(path) as file:
             for row in csv.DictReader(file):
                 shape, stage, tokens = SHAPES[row["shape"]], row["stage"], int(row["tokens"])
-                sizes = (shape.hidden, shape.intermediate, 2) if stage == "up" else (shape.intermediate, shape.hidden, 1)
+                sizes = (
+                    (shape.hidden, shape.intermediate, 2) if stage == "up" else (shape.intermediate, shape.hidden, 1)
+                )
                 schedule = [float(row[k]) for k in ("block_m", "block_n", "block_k", "num_warps", "num_stages")]
                 machine = [device.num_sms, device.bandwidth, device.matrix_rate, device.shared_memory]
                 arguments = [tokens * shape.top_k, shape.num_experts, *sizes, 2, *schedule, *machine]
@@ -84,7 +86,10 @@ def main() -> None:
             print(f'    "{name}": {value:.3g},')
     for cell, (regret, pick) in picks.items():
         arguments_, measured = cells[cell]
-        picked = "x".join(f"{v:.0f}" for v in arguments_[6:9, pick]) + f" w{arguments_[9, pick]:.0f} s{arguments_[10, pick]:.0f}"
+        picked = (
+            "x".join(f"{v:.0f}" for v in arguments_[6:9, pick])
+            + f" w{arguments_[9, pick]:.0f} s{arguments_[10, pick]:.0f}"
+        )
         print(f"{cell!s:30} best {measured.min() * 1e6:8.1f} us, picked {picked:22} +{regret * 100:.1f} %")
     print(f"mean regret {np.mean([r for r, _ in picks.values()]) * 100:.1f} %, objective {best:.4f}")
 

@@ -2,14 +2,15 @@
 
     python benchmarks/sweep_expert_gemm.py --shapes qwen3 mixtral --out sweep.csv
 
-One CSV row per (shape, stage, tokens, schedule): median microseconds of CUDA-graph replays over rotated routings, so that
-weights come from memory and not from L2.
+One CSV row per (shape, stage, tokens, schedule): median microseconds of CUDA-graph replays over rotated routings, so
+that weights come from memory and not from L2.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import multiprocessing
 import statistics
 import time
@@ -24,6 +25,7 @@ from lowering.templates import eager, standalone
 from lowering.templates.render import ExpertGemmVariant
 
 ROUTINGS = 8
+FIELDS = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
 
 
 def _gemm_shape(shape: Shape, stage: str) -> GemmShape:
@@ -56,7 +58,7 @@ def _precompile(job: tuple[str, str, int, Schedule]) -> str:
     tensors, variant = _tensors(shape, stage, tokens, "meta"), _variant(stage)
     width = tensors["OUT"].shape[1]
     top_k = shape.top_k if stage == "up" else 1
-    constants = eager.gemm_constants(shape.num_experts, top_k, width, schedule)
+    constants = eager.gemm_constants(shape.num_experts, top_k, width=width, schedule=schedule)
     constants["INDEX_DTYPE"] = eager.index_type(tensors["OUT"])
     try:
         standalone.compile_only(
@@ -116,7 +118,7 @@ def _measure(name: str, stage: str, tokens: int, schedules: list[Schedule], writ
             order, offsets = routings[index]
             if stage == "up":
                 return eager.moe_expert_up(
-                    tensors["A"], tensors["W"], None, order, offsets, "silu(g) * u", schedule=schedule
+                    tensors["A"], tensors["W"], None, order, offsets, act="silu(g) * u", schedule=schedule
                 )
             return eager.moe_expert_down(tensors["A"], tensors["W"], None, order, offsets, schedule=schedule)
 
@@ -133,7 +135,7 @@ def _measure(name: str, stage: str, tokens: int, schedules: list[Schedule], writ
 
 def dataclass_values(schedule: Schedule) -> tuple[int, ...]:
     """The fields of a schedule in order."""
-    return (schedule.block_m, schedule.block_n, schedule.block_k, schedule.num_warps, schedule.num_stages)
+    return dataclasses.astuple(schedule)
 
 
 def _worth(schedule: Schedule, shape: Shape, tokens: int) -> bool:
@@ -167,7 +169,7 @@ def main() -> None:
     print("\n".join(problems[:20]))
     with open(arguments.out, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow("shape stage tokens block_m block_n block_k num_warps num_stages us error".split())
+        writer.writerow(["shape", "stage", "tokens", *FIELDS, "us", "error"])
         for name in arguments.shapes:
             for tokens in arguments.tokens:
                 for stage in ("up", "down"):

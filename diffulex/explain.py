@@ -7,7 +7,10 @@ import json
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch._inductor.config
 from torch import nn
+from torch._dynamo.utils import counters
 
 from lowering.errors import Reason, ReasonCode
 from lowering.report import Decision, collect
@@ -75,10 +78,6 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
 
     Compiles afresh with caches off, so that every decision is seen; the model and earlier compilations are untouched.
     """
-    import torch._dynamo
-    import torch._inductor.config
-    from torch._dynamo.utils import counters
-
     torch._dynamo.reset()
     counters.clear()
     with torch._inductor.config.patch(force_disable_caches=True), collect() as decisions:

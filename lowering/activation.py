@@ -175,6 +175,38 @@ def canonical(act: str) -> str:
     return IDENTITY if act == IDENTITY else ast.unparse(_parse(act))
 
 
+class _Simplify(ast.NodeTransformer):
+    """x / (1 + exp(-y)) -> x * sigmoid(y), and x * sigmoid(x) -> silu(x): what decompositions took apart."""
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        self.generic_visit(node)
+        match node:
+            case ast.BinOp(left=x, op=ast.Div(), right=ast.BinOp(left=a, op=ast.Add(), right=b)):
+                exponential, one = (a, b) if isinstance(b, ast.Constant) else (b, a)
+                match exponential, one:
+                    case (
+                        ast.Call(func=ast.Name(id="exp"), args=[ast.UnaryOp(op=ast.USub(), operand=y)]),
+                        ast.Constant(value=1),
+                    ):
+                        return self.visit_BinOp(ast.BinOp(x, ast.Mult(), _call("sigmoid", y)))
+            case ast.BinOp(left=x, op=ast.Mult(), right=ast.Call(func=ast.Name(id="sigmoid"), args=[y])):
+                if ast.dump(x) == ast.dump(y):
+                    return _call("silu", x)
+        return node
+
+
+def _call(name: str, argument: ast.expr) -> ast.expr:
+    return ast.Call(ast.Name(name, ast.Load()), [argument], [])
+
+
+def simplify(act: str) -> str:
+    """The formula in one spelling, with sigmoid and silu put together again where a graph spells them out."""
+    if act == IDENTITY:
+        return act
+    tree = _Simplify().visit(ast.parse(ast.unparse(_parse(act)), mode="eval").body)
+    return canonical(ast.unparse(tree))
+
+
 @functools.lru_cache(maxsize=512)
 def is_gated(act: str) -> bool:
     """Whether the formula reads `u`, so that w13 holds two halves of width I each."""
@@ -186,7 +218,7 @@ def intermediate_size(act: str, width_J: int) -> int:
     return width_J // 2 if is_gated(act) else width_J
 
 
-def split_gate(pre_NJ: Tensor, act: str, interleaved: bool) -> tuple[Tensor, Tensor]:
+def split_gate(pre_NJ: Tensor, act: str, *, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Views (gate_NI, up_NI) of a pre-activation [N, J] of any dtype; both are the input for ungated formulas."""
     if not is_gated(act):
         return pre_NJ, pre_NJ
@@ -294,7 +326,7 @@ def derivative(act: str, name: str, gate_NI: Tensor, up_NI: Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else torch.full_like(gate_NI, value)
 
 
-def to_triton(act: str, gate: str, up: str) -> str:
+def to_triton(act: str, *, gate: str, up: str) -> str:
     """The formula as a Triton expression over fp32 blocks called `gate` and `up` (trusted names of our templates)."""
 
     def emit(node: ast.expr) -> str:

@@ -18,7 +18,7 @@ class MoEErrorMixin:
     @classmethod
     def of(cls, where: str, *, expected: str, got: str, hint: str) -> BaseException:
         """Build the error. `where` names the op or argument; `hint` is the next step for the user."""
-        return cls(f"[{cls.code}] {where}: expected {expected}, got {got}. {hint}")  # type: ignore[call-arg]
+        return cls(f"[{cls.code}] {where}: expected {expected}, got {got}. {hint}")  # type: ignore[call-arg, return-value]
 
 
 class MoEShapeError(MoEErrorMixin, ValueError):

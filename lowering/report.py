@@ -29,7 +29,7 @@ _lock = threading.Lock()
 _collectors: list[list[Decision]] = []
 
 
-def record(stage: str, subject: str, layer: str, outcome: str, reason: Reason | None = None) -> None:
+def record(stage: str, subject: str, *, layer: str, outcome: str, reason: Reason | None = None) -> None:
     """Log a decision and hand it to every open `collect()`."""
     decision = Decision(stage, subject, layer, outcome, reason)
     logger.debug("%s %s %s: %s%s", stage, subject, layer, outcome, f" ({reason})" if reason else "")

@@ -1,4 +1,4 @@
-"""Whether diffulex takes part in compilations of this process. Read while graphs are captured, so Dynamo guards on it."""
+"""Whether diffulex takes part in compilations of this process; read during capture, so Dynamo guards on it."""
 
 from __future__ import annotations
 

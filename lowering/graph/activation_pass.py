@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import ops  # noqa: F401  (registers the ops that are looked up below)
-from ..activation import IDENTITY, MAX_FORMULA_LENGTH, canonical
+from ..activation import IDENTITY, MAX_FORMULA_LENGTH, simplify
 from ..errors import Reason, ReasonCode
 from .dataflow import (
     MatchError,
@@ -51,7 +51,12 @@ _UNARY = {
     aten.reciprocal: "1.0 / ({0})",
     aten.square: "square({0})",
 }
-_BINARY = {aten.mul: "({0}) * ({1})", aten.div: "({0}) / ({1})", aten.maximum: "max({0}, {1})", aten.minimum: "min({0}, {1})"}
+_BINARY = {
+    aten.mul: "({0}) * ({1})",
+    aten.div: "({0}) / ({1})",
+    aten.maximum: "max({0}, {1})",
+    aten.minimum: "min({0}, {1})",
+}
 _CLAMPS = (aten.clamp, aten.clamp_min, aten.clamp_max, aten.hardtanh)
 
 
@@ -105,7 +110,7 @@ class _Builder:
             escaped = [user for user in node.users if user not in self.inside]
             detail = f"{describe(node)} is also read by {[describe(user) for user in escaped]}"
             require(not escaped, detail, code=ReasonCode.SHARED_USE)
-        formula = canonical(text)
+        formula = simplify(text)
         gated = self.layouts != {"whole"}
         require(gated == ("u" in _names(formula)), "gate and up are not both used", code=ReasonCode.NOT_POINTWISE)
         return formula
@@ -150,7 +155,9 @@ class _Builder:
             return f"{name}({self._text(node.args[0])})"
         if is_op(node, *_CLAMPS):
             return self._clamp(node, given)
-        refuse(f"{describe(node)} is not a pointwise operation of the formula language", code=ReasonCode.NOT_POINTWISE)
+        return refuse(
+            f"{describe(node)} is not a pointwise operation of the formula language", code=ReasonCode.NOT_POINTWISE
+        )
 
     def _clamp(self, node: Node, given: dict[str, Any]) -> str:
         text = self._text(node.args[0])
@@ -181,12 +188,12 @@ def _names(formula: str) -> set[str]:
 def _half_of(node: Node) -> tuple[Node, str, str, list[Node]] | None:
     """(source, layout, "g" or "u", nodes passed) where the node is one half of the columns of a [N, J] value."""
     if is_op(node, operator.getitem) and is_op(node.args[0], aten.split, aten.split_with_sizes):
-        split = node.args[0]
+        split: Any = node.args[0]
         source, sizes = split.args[0], split.args[1]
-        width = tensor_of(source).shape[1]
+        width, half = tensor_of(source).shape[1], node.args[1]
         halves = sizes == width // 2 if isinstance(sizes, int) else list(sizes) == [width // 2] * 2
         if arguments(split)["dim"] in (1, -1) and halves and width % 2 == 0:
-            return source, "halves", "gu"[node.args[1]], [node, split]
+            return source, "halves", "gu"[half], [node, split]  # type: ignore[index]
         return None
     if not is_op(node, aten.slice):
         return None

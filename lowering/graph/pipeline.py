@@ -16,22 +16,22 @@ from .spine_pass import SpineRecord, spine_pass
 
 def _note_spine(found: SpineRecord) -> None:
     outcome = "stock grouped GEMM" if found.reason else "stage ops"
-    record("recognise", "spine_pass", layer_of(found.node), outcome, found.reason)
+    record("recognise", "spine_pass", layer=layer_of(found.node), outcome=outcome, reason=found.reason)
 
 
 def _note_route(found: RouteRecord) -> None:
     outcome = "stays aten" if found.reason else f"moe_route {found.spec}"
-    record("recognise", "route_pass", found.module, outcome, found.reason)
+    record("recognise", "route_pass", layer=found.module, outcome=outcome, reason=found.reason)
 
 
 def _note_router_linear(found: RouterLinearRecord) -> None:
     outcome = "left as it is" if found.reason else "reads 16-bit operands"
-    record("recognise", "router_linear_pass", layer_of(found.route), outcome, found.reason)
+    record("recognise", "router_linear_pass", layer=layer_of(found.route), outcome=outcome, reason=found.reason)
 
 
 def _note_activation(found: ActivationRecord) -> None:
     outcome = "stays aten" if found.reason else f"folded {found.formula}"
-    record("recognise", "activation_pass", layer_of(found.down), outcome, found.reason)
+    record("recognise", "activation_pass", layer=layer_of(found.down), outcome=outcome, reason=found.reason)
 
 
 _PASSES = {

@@ -64,7 +64,9 @@ def _rewrite(graph: Graph, product: Any) -> None:
     require(tensor_of(left[0]).dtype == tensor_of(right[0]).dtype, "two 16-bit dtypes", code=ReasonCode.DTYPE)
     with graph.inserting_before(product):
         operands = [
-            source if permutation is None else insert_call(graph, aten.permute.default, args=(source, permutation), like=product)
+            source
+            if permutation is None
+            else insert_call(graph, aten.permute.default, args=(source, permutation), like=product)
             for source, permutation in (left, right)
         ]
         narrow = insert_call(graph, aten.mm.dtype, args=(*operands, torch.float32), like=product)
@@ -76,7 +78,8 @@ def _narrow(operand: Any) -> tuple[Node, list[int] | None]:
     permutation = None
     if is_op(operand, aten.permute, aten.t):
         permutation = [1, 0]
-        require(is_op(operand, aten.t) or list(operand.args[1]) == permutation, "an operand is permuted in another way")
+        dims = arguments(operand).get("dims", permutation)
+        require(list(dims) == permutation, "an operand is permuted in another way")
         operand = operand.args[0]
     source = cast_source(operand)
     narrow = source is not None and tensor_of(source).dtype in _NARROW

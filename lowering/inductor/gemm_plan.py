@@ -5,7 +5,6 @@ They share one set of row ranges, so a model recompiles at most once per range a
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -17,8 +16,10 @@ from ..schedule.plan import plan
 from ..schedule.schedule import GemmShape, RowRange, Schedule
 from . import _compat
 
-def gemm_shape(num_experts: int, weight_rows: int, depth: int, act: str, element_size: int) -> GemmShape:
-    """The shape of a GEMM over a weight [E, weight_rows, depth]; gated activations halve the output width."""
+
+def gemm_shape(weight: tuple[int, int, int], act: str, *, element_size: int) -> GemmShape:
+    """The shape of a GEMM over a `weight` [E, rows, depth]; gated activations halve the output width."""
+    num_experts, weight_rows, depth = weight
     gated = is_gated(act)
     return GemmShape(num_experts, depth, weight_rows // 2 if gated else weight_rows, gated, element_size)
 
@@ -30,8 +31,7 @@ def _shape_of(node: torch.fx.Node) -> GemmShape | None:
     value = given["w13" if is_up else "w2"].meta.get("val")
     if value is None or not all(isinstance(size, int) for size in value.shape):
         return None
-    num_experts, rows, depth = value.shape
-    return gemm_shape(num_experts, rows, depth, given["act"] if is_up else IDENTITY, value.element_size())
+    return gemm_shape(tuple(value.shape), given["act"] if is_up else IDENTITY, element_size=value.element_size())
 
 
 def _siblings(offsets: torch.fx.Node) -> tuple[GemmShape, ...]:
@@ -42,7 +42,7 @@ def _siblings(offsets: torch.fx.Node) -> tuple[GemmShape, ...]:
     return tuple(dict.fromkeys(shape for shape in shapes if shape is not None))
 
 
-def row_range(rows: Any, shapes: tuple[GemmShape, ...], device: DeviceSpec) -> RowRange:
+def row_range(rows: Any, shapes: tuple[GemmShape, ...], *, device: DeviceSpec) -> RowRange:
     """The range that holds `rows` (an int or a symbolic expression, which is guarded on)."""
     ranges = plan(shapes, device)
     for candidate in ranges:
@@ -51,28 +51,23 @@ def row_range(rows: Any, shapes: tuple[GemmShape, ...], device: DeviceSpec) -> R
     raise AssertionError("the last range is open")
 
 
-@functools.cache
-def _spec(index: int) -> DeviceSpec:
-    return device_spec(index)
-
-
-def schedule_of(rows: Any, shape: GemmShape, device: torch.device) -> Schedule:
+def schedule_of(rows: Any, shape: GemmShape, *, device: torch.device) -> Schedule:
     """The schedule for the GEMM of the node being lowered, planned with its siblings."""
     node = _compat.current_fx_node()
     offsets = arguments(node)["offsets"] if node is not None else None
     shapes = _siblings(offsets) if isinstance(offsets, torch.fx.Node) else ()
     if shape not in shapes:
         shapes = (shape,)
-    chosen = row_range(rows, shapes, _spec(device.index or 0))
+    chosen = row_range(rows, shapes, device=device_spec(device.index or 0))
     return chosen.schedules[shapes.index(shape)]
 
 
-def rows_bound(rows: Any, dispatch: torch.fx.Node | None, device: torch.device) -> int | None:
+def rows_bound(rows: Any, dispatch: torch.fx.Node | None, *, device: torch.device) -> int | None:
     """The largest row count the graph being lowered is for, where its expert GEMMs bound it; for `moe_dispatch`."""
     if isinstance(rows, int):
         return rows
     for item in dispatch.users if dispatch is not None else ():
         if item.args[1:] == (2,):  # offsets
             shapes = _siblings(item)
-            return row_range(rows, shapes, _spec(device.index or 0)).max_rows if shapes else None
+            return row_range(rows, shapes, device=device_spec(device.index or 0)).max_rows if shapes else None
     return None

@@ -26,6 +26,7 @@ class MoEPasses(CustomGraphPass):
         self.previous = previous
 
     def __call__(self, graph: Graph) -> None:
+        """Rewrite the graph in place."""
         for other in self._others():
             other(graph)
         if is_enabled():

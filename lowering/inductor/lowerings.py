@@ -37,15 +37,15 @@ def refusal(node: Any, dtypes: tuple[torch.dtype, ...] = _KERNEL_DTYPES) -> Reas
     return None
 
 
-def note(op: str, outcome: str, reason: Reason | None = None) -> None:
+def note(op: str, outcome: str, *, reason: Reason | None = None) -> None:
     """Record what became of the op being lowered."""
     node = _compat.current_fx_node()
-    record("lower", op, layer_of(node) if node is not None else "", outcome, reason)
+    record("lower", op, layer=layer_of(node) if node is not None else "", outcome=outcome, reason=reason)
 
 
 def fallback_noted(op: Any, reason: Reason, *args: Any) -> Any:
     """The op's own kernel, recorded with the reason."""
-    note(op._schema.name.removeprefix("diffulex::"), "the op's own kernel", reason)
+    note(op._schema.name.removeprefix("diffulex::"), "the op's own kernel", reason=reason)
     return _compat.fallback(op, *args)
 
 
@@ -55,7 +55,14 @@ def _template(name: str, source: str, grid: Any) -> Any:
 
 
 @_compat.SymbolicGridFn
-def _gemm_grid(rows: Any, width: Any, meta: dict[str, Any], *, cdiv: Any, min: Any) -> tuple[Any, Any, Any]:
+def _gemm_grid(
+    rows: Any,
+    width: Any,
+    meta: dict[str, Any],
+    *,
+    cdiv: Any,
+    min: Any,  # noqa: A002  the name is how Inductor knows what to pass
+) -> tuple[Any, Any, Any]:
     row_tiles = min(rows, cdiv(rows, meta["BLOCK_M"]) + meta["NUM_EXPERTS"] + 1)
     return (row_tiles * cdiv(width, meta["BLOCK_N"]), 1, 1)
 
@@ -65,8 +72,8 @@ def _expert_gemm(op: str, variant: ExpertGemmVariant, inputs: list[Any], weight:
     inputs = _compat.realize_inputs(*inputs)
     rows = inputs[-2].get_size()[0]
     num_experts, weight_rows, depth = (_compat.static_size(size) for size in weight.get_size())
-    shape = gemm_shape(num_experts, weight_rows, depth, variant.act, weight.get_dtype().itemsize)
-    schedule = schedule_of(rows, shape, weight.get_device())
+    shape = gemm_shape((num_experts, weight_rows, depth), variant.act, element_size=weight.get_dtype().itemsize)
+    schedule = schedule_of(rows, shape, device=weight.get_device())
     variant = dataclasses.replace(variant, even_k=depth % schedule.block_k == 0)
     template = _template(variant.name, variant.source(), _gemm_grid)
     result = _compat.run_template(
@@ -75,7 +82,7 @@ def _expert_gemm(op: str, variant: ExpertGemmVariant, inputs: list[Any], weight:
         _compat.fixed_layout(inputs[0], inputs[0].get_dtype(), [rows, width]),
         num_warps=schedule.num_warps,
         num_stages=schedule.num_stages,
-        constants=gemm_constants(num_experts, top_k, width, schedule),
+        constants=gemm_constants(num_experts, top_k, width=width, schedule=schedule),
     )
     note(op, f"triton {template.name} {schedule}")
     return result

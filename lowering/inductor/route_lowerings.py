@@ -78,7 +78,7 @@ def _moe_dispatch(ids: Any, num_experts: int) -> Any:
     num_tokens, top_k = ids.get_size()
     top_k = _compat.static_size(top_k)
     slots = num_tokens * top_k
-    bound = rows_bound(slots, _compat.current_fx_node(), ids.get_device())
+    bound = rows_bound(slots, _compat.current_fx_node(), device=ids.get_device())
     schedule, num_warps = dispatch_schedule(_MANY_ROWS if bound is None else bound)
     order, token = (_empty(ids, [slots], torch.int32) for _ in range(2))
     inputs = [*_compat.contiguous_inputs(ids), *_compat.realize_inputs(order, token)]

@@ -1,4 +1,4 @@
-"""Argument checks of the ops: static properties only, so that they hold for symbolic sizes and cost a few hundred ns."""
+"""Argument checks of the ops: static properties only, so they hold for symbolic sizes and cost a few 100 ns."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def check_int(where: str, name: str, tensor: Tensor) -> None:
     """`MoEDtypeError` unless `tensor` of any shape [N] is int32 or int64."""
     if tensor.dtype not in INTS:
         raise MoEDtypeError.of(
-            where, expected=f"{name} in int32 or int64", got=str(tensor.dtype), hint="Use the ids that moe_route returned."
+            where,
+            expected=f"{name} in int32 or int64",
+            got=str(tensor.dtype),
+            hint="Use the ids that moe_route returned.",
         )
 
 

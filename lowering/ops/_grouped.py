@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ def grouped_mm_cpu(rows_NX: Tensor, weight_EYX: Tensor, bias_EY: Tensor | None, 
     weight [E, Y, X] of any strides and bias [E, Y] in the dtype of rows. Returns [N, Y].
     """
     out_NY = rows_NX.new_empty(rows_NX.shape[0], weight_EYX.shape[1])
-    for expert, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
         if start == end:
             continue
         weight_XY = weight_EYX[expert].t()

@@ -61,7 +61,5 @@ def register(
 
     torch.library.register_fake(f"{NAMESPACE}::{name}", traced, lib=LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(
-            f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY
-        )
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ def _cpu(
     left_NL, right_NR = _rows(left, left_index_N), _rows(right, right_index_N)
     bounds = offsets_E1.tolist()
     grad_ELR = left.new_zeros(len(bounds) - 1, left.shape[1], right.shape[1])
-    for expert, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
         if start < end:
             torch.mm(left_NL[start:end].t(), right_NR[start:end], out=grad_ELR[expert])
     return grad_ELR

@@ -56,7 +56,7 @@ def _activate(pre_NJ: Tensor, act: str, interleaved: bool, valid: int | Tensor) 
     """Activation in at least fp32, cast back; rows that belong to no expert stay zero."""
     wide_NJ = pre_NJ if pre_NJ.dtype == torch.float64 else pre_NJ.float()
     # contiguous: the formula "u" is a strided view of the pre-activation
-    out_NI = evaluate(act, *split_gate(wide_NJ, act, interleaved)).to(pre_NJ.dtype).contiguous()
+    out_NI = evaluate(act, *split_gate(wide_NJ, act, interleaved=interleaved)).to(pre_NJ.dtype).contiguous()
     if isinstance(valid, int):
         out_NI[valid:].zero_()
         return out_NI
@@ -96,7 +96,7 @@ def _cuda(
             return pre_NJ
         rows_N = torch.arange(pre_NJ.shape[0], device=pre_NJ.device)
         return _activate(pre_NJ, act, interleaved, rows_N < offsets_E1[-1])
-    return launcher().moe_expert_up(hidden_TH, w13_EJH, b13_EJ, order_N, offsets_E1, act, interleaved)
+    return launcher().moe_expert_up(hidden_TH, w13_EJH, b13_EJ, order_N, offsets_E1, act=act, interleaved=interleaved)
 
 
 def _fake(
@@ -123,7 +123,7 @@ def _grad_pre(ctx: Any, grad_NI: Tensor) -> Tensor:
     hidden_TH, w13_EJH, b13_EJ, order_N, offsets_E1 = ctx.saved_tensors
     pre_NJ = moe_expert_up(hidden_TH, w13_EJH, b13_EJ, order_N, offsets_E1, ctx.top_k)
     wide = torch.float64 if pre_NJ.dtype == torch.float64 else torch.float32
-    gate_NI, up_NI = split_gate(pre_NJ.to(wide), ctx.act, ctx.interleaved)
+    gate_NI, up_NI = split_gate(pre_NJ.to(wide), ctx.act, interleaved=ctx.interleaved)
     grad_gate_NI = grad_NI.to(wide) * derivative(ctx.act, "g", gate_NI, up_NI)
     if not is_gated(ctx.act):
         return grad_gate_NI.to(pre_NJ.dtype)

@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from ..activation import evaluate, split_gate
 
 
+@dataclasses.dataclass(frozen=True)
+class ExpertWeights:
+    """The experts of one layer: w13 [E, J, H], w2 [E, H, I], biases [E, J] and [E, H], floating, any strides.
+
+    act          formula or name of `lowering.activation`
+    interleaved  gate and up rows of w13 alternate
+    """
+
+    w13_EJH: Tensor
+    w2_EHI: Tensor
+    b13_EJ: Tensor | None = None
+    b2_EH: Tensor | None = None
+    act: str = "silu(g) * u"
+    interleaved: bool = False
+
+
 def moe_block_reference(
     hidden_TH: Tensor,
     weights_TK: Tensor,
     ids_TK: Tensor,
-    w13_EJH: Tensor,
-    w2_EHI: Tensor,
     *,
-    b13_EJ: Tensor | None = None,
-    b2_EH: Tensor | None = None,
-    act: str = "silu(g) * u",
-    interleaved: bool = False,
+    experts: ExpertWeights,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """out[t] = sum over k of weights[t, k] * expert_{ids[t, k]}(hidden[t]), computed in `dtype` (fp64 by default).
 
-    hidden [T, H], weights [T, K], ids [T, K] int, w13 [E, J, H], w2 [E, H, I], biases [E, J] and [E, H], floating.
+    hidden [T, H] and weights [T, K] floating, ids [T, K] int.
     Ids outside [0, E) contribute nothing. Returns [T, H] in `dtype`. Differentiable by autograd.
     """
-    wide = [None if t is None else t.to(dtype) for t in (hidden_TH, weights_TK, w13_EJH, w2_EHI, b13_EJ, b2_EH)]
+    tensors = (hidden_TH, weights_TK, experts.w13_EJH, experts.w2_EHI, experts.b13_EJ, experts.b2_EH)
+    wide = [None if t is None else t.to(dtype) for t in tensors]
     hidden, weights, w13, w2, b13, b2 = wide
     assert hidden is not None and weights is not None and w13 is not None and w2 is not None
     rows = []
@@ -38,8 +52,8 @@ def moe_block_reference(
             pre_J = torch.mv(w13[expert], hidden[token])
             if b13 is not None:
                 pre_J = pre_J + b13[expert]
-            gate_1I, up_1I = split_gate(pre_J[None], act, interleaved)
-            slot_H = torch.mv(w2[expert], evaluate(act, gate_1I, up_1I)[0])
+            gate_1I, up_1I = split_gate(pre_J[None], experts.act, interleaved=experts.interleaved)
+            slot_H = torch.mv(w2[expert], evaluate(experts.act, gate_1I, up_1I)[0])
             if b2 is not None:
                 slot_H = slot_H + b2[expert]
             total_H = total_H + weights[token, k] * slot_H

@@ -19,7 +19,7 @@ def moe_expert_up_reference(
     act: str = IDENTITY,
     interleaved: bool = False,
 ) -> Tensor:
-    """act_NI = act(w13[e] @ hidden[order[row] // top_k] + b13[e]) for each row of expert e; rows past offsets[E] are zero.
+    """act_NI = act(w13[e] @ hidden[order[row] // top_k] + b13[e]) for each row of expert e, else zero.
 
     hidden [T, H], w13 [E, J, H], b13 [E, J] in one floating dtype, order [N] and offsets [E+1] int. Returns [N, I].
     """
@@ -34,6 +34,6 @@ def moe_expert_up_reference(
             if act == IDENTITY:
                 out_NI[row] = pre_J
             else:
-                gate_1I, up_1I = split_gate(pre_J[None], act, interleaved)
+                gate_1I, up_1I = split_gate(pre_J[None], act, interleaved=interleaved)
                 out_NI[row] = evaluate(act, gate_1I, up_1I)[0]
     return out_NI

@@ -78,7 +78,7 @@ def _evaluator() -> Callable[..., float]:
     return sympy.lambdify(ARGUMENTS, gemm_time().subs(values), modules="math", cse=True)
 
 
-def predict(rows: int, shape: GemmShape, schedule: Schedule, device: DeviceSpec) -> float:
+def predict(rows: int, shape: GemmShape, *, schedule: Schedule, device: DeviceSpec) -> float:
     """Seconds of one expert GEMM over `rows` rows."""
     return float(
         _evaluator()(

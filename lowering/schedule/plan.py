@@ -34,13 +34,13 @@ def candidates(shape: GemmShape, device: DeviceSpec) -> list[Schedule]:
 def _losses(shape: GemmShape, device: DeviceSpec) -> tuple[list[Schedule], list[list[float]]]:
     """(schedules, log of time over the best time at each point of the grid)."""
     schedules = candidates(shape, device)
-    times = [[predict(rows, shape, schedule, device) for rows in _ROW_GRID] for schedule in schedules]
+    times = [[predict(rows, shape, schedule=schedule, device=device) for rows in _ROW_GRID] for schedule in schedules]
     best = [min(column) for column in zip(*times, strict=True)]
     return schedules, [[math.log(t / b) for t, b in zip(row, best, strict=True)] for row in times]
 
 
 @functools.lru_cache(maxsize=256)
-def plan(shapes: tuple[GemmShape, ...], device: DeviceSpec, max_ranges: int = MAX_RANGES) -> tuple[RowRange, ...]:
+def plan(shapes: tuple[GemmShape, ...], device: DeviceSpec, *, max_ranges: int = MAX_RANGES) -> tuple[RowRange, ...]:
     """Row ranges in ascending order, the last one open, for GEMMs that share one routing: least summed loss."""
     losses = [_losses(shape, device) for shape in shapes]
     points = len(_ROW_GRID)
@@ -53,7 +53,7 @@ def plan(shapes: tuple[GemmShape, ...], device: DeviceSpec, max_ranges: int = MA
     @functools.cache
     def split(start: int, ranges: int) -> tuple[float, tuple[tuple[int, tuple[int, ...]], ...]]:
         total, picks = one(start, points)
-        answer = (total, ((points - 1, picks),))
+        answer: tuple[float, tuple[tuple[int, tuple[int, ...]], ...]] = (total, ((points - 1, picks),))
         if ranges > 1:
             for stop in range(start + 1, points):
                 head, head_picks = one(start, stop)
@@ -71,7 +71,7 @@ def plan(shapes: tuple[GemmShape, ...], device: DeviceSpec, max_ranges: int = MA
     )
 
 
-def schedule_for(rows: int, shape: GemmShape, device: DeviceSpec) -> Schedule:
+def schedule_for(rows: int, shape: GemmShape, *, device: DeviceSpec) -> Schedule:
     """The schedule for one GEMM over `rows` rows."""
     for row_range in plan((shape,), device):
         if row_range.max_rows is None or rows <= row_range.max_rows:

@@ -1,4 +1,4 @@
-"""A schedule is data: tile shape, warps, pipeline depth of one expert GEMM, and the range of rows it is meant for."""
+"""A schedule is data: tile shape, warps and pipeline depth of one expert GEMM, and the rows it is for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Schedule:
-    """Launch parameters of one expert GEMM. Blocks in elements; `block_n` counts output columns (gated: both halves)."""
+    """Launch parameters of one expert GEMM. Blocks in elements; `block_n` counts output columns (gated: two halves)."""
 
     block_m: int
     block_n: int
@@ -30,7 +30,7 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class GemmShape:
-    """One expert GEMM: E experts, reduction width, output width, gated (two weight halves per column), element bytes."""
+    """One expert GEMM: E experts, reduction depth, output width, gated (two weight halves per column), bytes."""
 
     num_experts: int
     depth: int
@@ -41,7 +41,7 @@ class GemmShape:
 
 @dataclasses.dataclass(frozen=True)
 class RowRange:
-    """The schedules of GEMMs that share one routing, and the largest row count N = T*K they are for (None: no bound)."""
+    """Schedules of GEMMs that share one routing, and the largest row count N = T*K they are for (None: any)."""
 
     max_rows: int | None
     schedules: tuple[Schedule, ...]

@@ -34,7 +34,7 @@ def index_type(*tensors: Tensor) -> str:
     return "tl.int64" if any(t.numel() >= 2**31 for t in tensors) else "tl.int32"
 
 
-def gemm_grid(rows: int, width: int, num_experts: int, schedule: Schedule) -> int:
+def gemm_grid(rows: int, width: int, *, num_experts: int, schedule: Schedule) -> int:
     """Programs of one expert GEMM: an upper bound without knowing the routing; surplus programs leave at once."""
     row_tiles = min(rows, -(-rows // schedule.block_m) + num_experts + 1)
     return row_tiles * -(-width // schedule.block_n)
@@ -48,22 +48,22 @@ def _expert_gemm(
     rows, width = out_NY.shape
     if schedule is None:
         shape = GemmShape(num_experts, depth, width, is_gated(variant.act), weight_EYX.element_size())
-        schedule = schedule_for(rows, shape, device_spec(out_NY.device.index or 0))
+        schedule = schedule_for(rows, shape, device=device_spec(out_NY.device.index or 0))
     variant = dataclasses.replace(variant, even_k=depth % schedule.block_k == 0)
-    constants = gemm_constants(num_experts, top_k, width, schedule)
+    constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
     constants["INDEX_DTYPE"] = index_type(out_NY)
     standalone.launch(
         variant.source(),
         tensors,
         name=variant.name,
         constants=constants,
-        grid=(gemm_grid(rows, width, num_experts, schedule),),
+        grid=(gemm_grid(rows, width, num_experts=num_experts, schedule=schedule),),
         num_warps=schedule.num_warps,
         num_stages=schedule.num_stages,
     )
 
 
-def gemm_constants(num_experts: int, top_k: int, width: int, schedule: Schedule) -> dict[str, standalone.Constant]:
+def gemm_constants(num_experts: int, top_k: int, *, width: int, schedule: Schedule) -> dict[str, standalone.Constant]:
     """The constexprs of `moe_expert_gemm.jinja`."""
     return {
         "NUM_EXPERTS": num_experts,
@@ -82,9 +82,9 @@ def moe_expert_up(
     b13_EJ: Tensor | None,
     order_N: Tensor,
     offsets_E1: Tensor,
+    *,
     act: str = IDENTITY,
     interleaved: bool = False,
-    *,
     schedule: Schedule | None = None,
 ) -> Tensor:
     """CUDA kernel of `diffulex::moe_expert_up`: act_NI [N, I] in the dtype of hidden (fp32, fp16 or bf16)."""

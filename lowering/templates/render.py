@@ -55,6 +55,7 @@ class ExpertGemmVariant:
     even_k: bool = True
     precision: str = "ieee"
 
+    @functools.cache  # noqa: B019  a few variants a model, rendered once
     def source(self) -> str:
         """The kernel text with the host's hooks in it."""
         gated = is_gated(self.act)
@@ -66,7 +67,7 @@ class ExpertGemmVariant:
             scatter=self.scatter,
             bias=self.bias,
             gated=gated,
-            act=None if self.act == IDENTITY else to_triton(self.act, "acc", "acc_up"),
+            act=None if self.act == IDENTITY else to_triton(self.act, gate="acc", up="acc_up"),
             column_step=2 if gated and self.interleaved else 1,
             up_shift="1" if self.interleaved else "WIDTH_N",
             even_k=self.even_k,
@@ -76,6 +77,10 @@ class ExpertGemmVariant:
     @property
     def name(self) -> str:
         """A kernel name that is the same for the same text."""
+        return self._name()
+
+    @functools.cache  # noqa: B019  a few variants a model
+    def _name(self) -> str:
         stage = "moe_expert_up" if self.gather else "moe_expert_down"
         fields = dataclasses.replace(self, act=canonical(self.act))
         return f"{stage}_{hashlib.sha256(repr(fields).encode()).hexdigest()[:8]}"
@@ -89,6 +94,7 @@ class GradWeightVariant:
     right_index: bool
     precision: str = "ieee"
 
+    @functools.cache  # noqa: B019  four variants
     def source(self) -> str:
         """The kernel text with the host's hooks in it."""
         indices = [name for name, used in (("LEFT_INDEX", self.left_index), ("RIGHT_INDEX", self.right_index)) if used]

@@ -92,7 +92,7 @@ class StandaloneKernel:
 
 
 @functools.lru_cache(maxsize=1024)
-def render(text: str, name: str, constants: tuple[tuple[str, Constant], ...], output_rank: int) -> StandaloneKernel:
+def render(text: str, name: str, *, constants: tuple[tuple[str, Constant], ...], output_rank: int) -> StandaloneKernel:
     """Fill the hooks of a template text. `constants` become both jinja variables and constexprs of the kernel."""
     hooks = _Hooks(f"_{name}_kernel", dict(constants), output_rank)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined)
@@ -135,11 +135,13 @@ def compile_only(
     num_warps: int,
     num_stages: int,
 ) -> Any:
-    """Compile a template for the active target without running it; `tensors` (any shape [T, H]) may be on meta.
+    """Compile a template for the active target without running it.
+
+    `tensors`, any shape [T, H] and dtype, may be on the meta device.
 
     Returns triton's compiled kernel, whose `asm` and `metadata` hold PTX, cubin and shared memory (bytes).
     """
-    kernel = render(text, name, tuple(constants.items()), tensors[OUTPUT].dim())
+    kernel = render(text, name, constants=tuple(constants.items()), output_rank=tensors[OUTPUT].dim())
     arguments = [a.dtype if isinstance(a, Tensor) else a for a in kernel.arguments(tensors)]
     return _jit_function(kernel).warmup(*arguments, grid=(1,), num_warps=num_warps, num_stages=num_stages)
 
@@ -161,6 +163,6 @@ def launch(
     if 0 in grid:
         return
     output = tensors[OUTPUT]
-    kernel = render(text, name, tuple(constants.items()), output.dim())
+    kernel = render(text, name, constants=tuple(constants.items()), output_rank=output.dim())
     function = _jit_function(kernel)
     function[grid](*kernel.arguments(tensors), num_warps=num_warps, num_stages=num_stages)

@@ -12,6 +12,8 @@ from .source import Source, functions, in_folders, is_dunder, parse, python_of_p
 SOFT_LINES, HARD_LINES, TEST_LINES, MEDIAN_LINES = 400, 600, 800, 200
 FUNCTION_LINES = 70
 PARAMETERS, POSITIONAL = 8, 2
+# tensors named with their shape (hidden_TH, order_N, logits_TE) may stand by position, as in the ops' own signatures
+TENSOR_NAME = re.compile(r"_[A-Z0-9]{1,4}$")
 ENVIRONMENT_VARIABLES = 5
 SETTINGS_MODULE = "lowering/settings.py"
 
@@ -68,8 +70,9 @@ def parameters(sources: Sequence[Source]) -> list[str]:
                 continue
             if len(function.parameters) > PARAMETERS:
                 problems.append(f"{function.where} has {len(function.parameters)} parameters, at most {PARAMETERS}")
-            if len(function.positional) > POSITIONAL:
-                extra = ", ".join(arg.arg for arg in function.positional[POSITIONAL:])
+            late = [arg.arg for arg in function.positional[POSITIONAL:] if not TENSOR_NAME.search(arg.arg)]
+            if late:
+                extra = ", ".join(late)
                 problems.append(f"{function.where}: make {extra} keyword-only, as everything after the second")
     return problems
 

@@ -13,6 +13,7 @@ from .source import Source, functions, in_folders, parse, python_of_packages
 _ORDER = (
     ("errors",),
     ("spec", "settings"),
+    ("state",),
     ("activation",),
     ("reference",),
     ("ops",),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lowering.ops  # noqa: F401  registers torch.ops.diffulex
 from lowering.activation import evaluate, is_gated, split_gate
-from lowering.reference.moe_block import moe_block_reference
+from lowering.reference.moe_block import ExpertWeights, moe_block_reference
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 LOW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -114,7 +114,7 @@ class BlockInputs:
             token, k = torch.where(self.ids_TK == expert)
             bias, bias_2 = (None if b is None else b[expert] for b in (self.b13_EJ, self.b2_EH))
             pre = torch.nn.functional.linear(self.hidden_TH[token], self.w13_EJH[expert], bias)
-            act = evaluate(self.act, *split_gate(pre, self.act, self.interleaved))
+            act = evaluate(self.act, *split_gate(pre, self.act, interleaved=self.interleaved))
             rows = torch.nn.functional.linear(act, self.w2_EHI[expert], bias_2)
             weighted = rows * self.weights_TK[token, k, None].to(rows.dtype)
             out_TH = out_TH.index_add(0, token, weighted)
@@ -133,18 +133,8 @@ class BlockInputs:
 
     def reference(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The block [T, H] through the per-token loop, computed in `dtype`."""
-        return moe_block_reference(
-            self.hidden_TH,
-            self.weights_TK,
-            self.ids_TK,
-            self.w13_EJH,
-            self.w2_EHI,
-            b13_EJ=self.b13_EJ,
-            b2_EH=self.b2_EH,
-            act=self.act,
-            interleaved=self.interleaved,
-            dtype=dtype,
-        )
+        experts = ExpertWeights(self.w13_EJH, self.w2_EHI, self.b13_EJ, self.b2_EH, self.act, self.interleaved)
+        return moe_block_reference(self.hidden_TH, self.weights_TK, self.ids_TK, experts=experts, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Which experts each token was sent to: recorded from a model's routers, to tell rounding from a changed choice.
 
-A near tie between two experts falls either way in 16-bit arithmetic, and the token's output then differs by far more than
-rounding. Errors are compared on tokens that every run routed alike; how many were not is bounded separately.
+A near tie between two experts falls either way in 16-bit arithmetic, and the token's output then differs by far more
+than rounding. Errors are compared on tokens that every run routed alike; how many were not is bounded separately.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def eager(hidden, w13, b13, order, offsets, top_k, act=IDENTITY, interleaved=Fal
     for e in range(len(bounds) - 1):
         rows = hidden[order[bounds[e] : bounds[e + 1]].long() // top_k]
         pre = functional.linear(rows, w13[e], None if b13 is None else b13[e])
-        blocks.append(pre if act == IDENTITY else evaluate(act, *split_gate(pre, act, interleaved)))
+        blocks.append(pre if act == IDENTITY else evaluate(act, *split_gate(pre, act, interleaved=interleaved)))
     out = torch.cat(blocks)
     return torch.cat((out, out.new_zeros(order.numel() - bounds[-1], out.shape[1])))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowering.activation import evaluate, split_gate
-from lowering.reference.moe_block import moe_block_reference
+from lowering.reference.moe_block import ExpertWeights, moe_block_reference
 from tests.support.inputs import FORMS, BlockForm, make_block
 from tests.support.oracle import assert_near_exact, gradients, random_like
 from tests.support.strategies import ACTS
@@ -17,7 +17,7 @@ def dense(block):
     pre_TEJ = torch.einsum("th,ejh->tej", block.hidden_TH, block.w13_EJH)
     if block.b13_EJ is not None:
         pre_TEJ = pre_TEJ + block.b13_EJ
-    flat = split_gate(pre_TEJ.flatten(0, 1), block.act, block.interleaved)
+    flat = split_gate(pre_TEJ.flatten(0, 1), block.act, interleaved=block.interleaved)
     act_TEI = evaluate(block.act, *flat).view(*pre_TEJ.shape[:2], block.w2_EHI.shape[2])
     out_TEH = torch.einsum("tei,ehi->teh", act_TEI, block.w2_EHI)
     if block.b2_EH is not None:
@@ -64,11 +64,13 @@ def test_a_block_by_hand():
         torch.tensor([[2.0]]),
         torch.tensor([[0.5, 0.25, 100.0]]),
         torch.tensor([[0, 1, 2]]),
-        torch.tensor([[[3.0]], [[-1.0]]]),
-        torch.tensor([[[10.0]], [[5.0]]]),
-        b13_EJ=torch.tensor([[1.0], [0.0]]),
-        b2_EH=torch.tensor([[0.0], [8.0]]),
-        act="relu",
+        experts=ExpertWeights(
+            torch.tensor([[[3.0]], [[-1.0]]]),
+            torch.tensor([[[10.0]], [[5.0]]]),
+            b13_EJ=torch.tensor([[1.0], [0.0]]),
+            b2_EH=torch.tensor([[0.0], [8.0]]),
+            act="relu",
+        ),
     )
     assert out.tolist() == [[0.5 * 70 + 0.25 * 8]]
     assert out.dtype == torch.float64
@@ -81,7 +83,8 @@ def test_layout_of_gate_and_up():
     ids, w2 = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([[[1.0, 10.0]]])
     for interleaved, rows in ((False, [1.0, 1.0, 2.0, 0.0]), (True, [1.0, 2.0, 1.0, 0.0])):
         w13 = torch.tensor(rows)[None, :, None]
-        out = moe_block_reference(hidden, one, ids, w13, w2, act="swiglu", interleaved=interleaved)
+        experts = ExpertWeights(w13, w2, act="swiglu", interleaved=interleaved)
+        out = moe_block_reference(hidden, one, ids, experts=experts)
         assert out.item() == pytest.approx(gate * 6.0, rel=1e-14)
 
 

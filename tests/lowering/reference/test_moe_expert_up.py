@@ -16,7 +16,7 @@ def test_equals_the_dense_form(form):
     pre = pre if b13 is None else pre + b13
     experts = torch.repeat_interleave(torch.arange(form.experts), offsets.diff())
     chosen = pre[torch.arange(len(experts)), experts]
-    wanted = evaluate(act, *split_gate(chosen, act, interleaved))
+    wanted = evaluate(act, *split_gate(chosen, act, interleaved=interleaved))
     tail = wanted.new_zeros(order.numel() - len(experts), wanted.shape[1])
     out = moe_expert_up_reference(
         hidden, w13, order, offsets, top_k=top_k, b13_EJ=b13, act=act, interleaved=interleaved
