@@ -10,6 +10,7 @@ from torch.fx import Node
 from .dataflow import (
     arguments,
     aten,
+    has_no_elements,
     has_shape,
     is_last_dim,
     is_op,
@@ -60,6 +61,8 @@ def _softmax(node: Node) -> Any:
     if not is_op(exp, aten.exp) or not is_row_reduction(node.args[1], exp, aten.sum.dim_IntList):
         return None
     shifted = peel_copies(exp.args[0])
+    if has_no_elements(exp) and not is_op(shifted, aten.sub):
+        return shifted  # torch 2.11 leaves the maximum out where there is nothing to take it of
     if not is_op(shifted, aten.sub.Tensor) or arguments(shifted)["alpha"] != 1:
         return None
     logits, largest = shifted.args[:2]

@@ -82,7 +82,7 @@ def arguments(node: Node) -> dict[str, Any]:
 
 
 def tensor_of(node: Node) -> Tensor:
-    """The fake tensor a node stands for: its shape (symbolic sizes included), dtype and device."""
+    """The fake tensor [...] a node stands for: its shape, symbolic sizes included, its dtype and device."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         refuse(f"{describe(node)} carries no tensor metadata")
@@ -97,6 +97,11 @@ def has_shape(node: Node, shape: Sequence[Any]) -> bool:
     """Whether a node's shape is known to be this one without a guard on a symbolic size."""
     actual = tensor_of(node).shape
     return len(actual) == len(shape) and all(_surely_equal(a, b) for a, b in zip(actual, shape, strict=True))
+
+
+def has_no_elements(node: Node) -> bool:
+    """Whether a node's tensor is known to be empty."""
+    return any(_surely_equal(size, 0) for size in tensor_of(node).shape)
 
 
 def is_last_dim(dim: Any, node: Node) -> bool:

@@ -312,15 +312,16 @@ def test_stock_models(family):
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
-def test_stock_models_in_bfloat16_over_token_counts(family):
+def test_stock_blocks_in_bfloat16_over_token_counts(family):
     sizes = dataclasses.replace(TINY, layers=1)
-    model, records = build_model(family, sizes, dtype=torch.bfloat16, experts="diffulex"), []
-    compiled = compiled_model(model, records, dynamic=True)
+    mlp = build_model(family, sizes, dtype=torch.bfloat16, experts="diffulex").model.layers[0].mlp
+    records = []
+    compiled = compiled_model(mlp, records, dynamic=True)
     with torch.no_grad():
         for tokens in (9, 33):
-            ids = token_ids(model, 1, tokens)
-            ours, eager = (run(ids, use_cache=False).logits for run in (compiled, model))
-            assert torch.linalg.vector_norm(ours - eager) < 2e-2 * torch.linalg.vector_norm(eager)
+            hidden = torch.randn(1, tokens, TINY.hidden, generator=torch.Generator().manual_seed(0)).bfloat16()
+            ours, eager = (output[0] if isinstance(output := run(hidden), tuple) else output for run in (compiled, mlp))
+            assert torch.linalg.vector_norm(ours - eager) < 1e-2 * torch.linalg.vector_norm(eager)
     # Under dynamic=True the scaling factor is an input of the graph, so it stays outside the op.
     assert [record.spec for record in records] == [dataclasses.replace(SPECS[family], scale=1.0)], records
 
@@ -338,7 +339,6 @@ def test_a_stock_model_trains():
     assert [record.spec for record in records] == [SPECS["deepseek_v3"]]
 
 
-@pytest.mark.slow
 def test_inductor_runs_the_pass_on_its_joint_graph():
     import torch._inductor.config
     from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -352,11 +352,11 @@ def test_inductor_runs_the_pass_on_its_joint_graph():
         def uuid(self):
             return None
 
-    model = build_model("qwen3_moe", dataclasses.replace(TINY, layers=1), experts="diffulex")
-    ids = token_ids(model, 1, 7)
+    mlp = build_model("qwen3_moe", dataclasses.replace(TINY, layers=1), experts="diffulex").model.layers[0].mlp
+    hidden = torch.randn(1, 7, TINY.hidden, generator=torch.Generator().manual_seed(0))
     torch._dynamo.reset()
     with torch.no_grad(), torch._inductor.config.patch(joint_custom_pre_pass=Pass(), fx_graph_cache=False):
-        ours = torch.compile(model, fullgraph=True)(ids, use_cache=False).logits
+        ours = torch.compile(mlp, fullgraph=True)(hidden)
     assert [record.spec for record in records] == [SPECS["qwen3_moe"]]
     with torch.no_grad():
-        assert_oracle_ratio(ours, model(ids, use_cache=False).logits, model.double()(ids, use_cache=False).logits)
+        assert_oracle_ratio(ours, mlp(hidden), mlp.double()(hidden.double()))
