@@ -83,8 +83,12 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     with torch._inductor.config.patch(force_disable_caches=True), collect() as decisions:
         torch.compile(model)(*args, **kwargs)
     graphs, breaks = counters["stats"]["unique_graphs"], dict(counters["graph_break"])
-    layers = tuple(_layer(name, module, decisions) for name, module in find_experts(model).items())
-    return Report(layers, graphs, sum(breaks.values()), tuple(breaks), tuple(decisions))
+    return Report(layer_reports(model, decisions), graphs, sum(breaks.values()), tuple(breaks), tuple(decisions))
+
+
+def layer_reports(model: nn.Module, decisions: list[Decision]) -> tuple[LayerReport, ...]:
+    """What the decisions of one or more compilations of `model` come to, for each of its MoE layers."""
+    return tuple(_layer(name, module, decisions) for name, module in find_experts(model).items())
 
 
 def _belongs(decision: Decision, name: str) -> bool:
