@@ -20,11 +20,14 @@ _GEMM_OPS = ("moe_expert_up", "moe_expert_down")
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """One MoE layer. `captured`: its experts run through the ops; `kernels`: one line per stage that was lowered."""
+    """One MoE layer. `captured`: its experts run through the ops; `form`: sizes and activation of its region;
+    `kernels`: one line per stage that was lowered.
+    """
 
     name: str
     captured: bool
     backend: str
+    form: str
     kernels: tuple[str, ...]
     router: str
     activation: str
@@ -58,7 +61,7 @@ class Report:
             state = f"captured, {layer.backend}" if layer.captured else f"not captured: {layer.reason}"
             lines.append(f"{layer.name}: {state}")
             if layer.captured:
-                lines += [f"  router      {layer.router}", f"  activation  {layer.activation}"]
+                lines += [f"  form        {layer.form}", f"  router      {layer.router}", f"  activation  {layer.activation}"]
                 lines += [f"  {kernel}" for kernel in layer.kernels]
         return "\n".join(lines)
 
@@ -106,6 +109,7 @@ def _layer(name: str, module: nn.Module, decisions: list[Decision]) -> LayerRepo
     return LayerReport(
         name=name,
         captured=captured,
+        form=_outcome(mine, "region"),
         backend="generated Triton" if generated else "the ops' own kernels" if captured else "stock",
         kernels=kernels,
         router=_outcome(mine, "route_pass"),

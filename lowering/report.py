@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -57,6 +58,5 @@ def layer_of(node: Any) -> str:
     if not stack:
         return ""
     path = next(reversed(stack.values()))[0]
-    for prefix in ("L['self'].", "L['fn'].", "L['args'][0].", "self."):
-        path = path.removeprefix(prefix)
-    return path.replace("._modules", "").replace("['", ".").replace("']", "").replace("[", ".").replace("]", "")
+    path = re.sub(r"^(L\['\w+'\](\[\d+\])?|self)\.?", "", path)  # the local name the module was called by
+    return re.sub(r"\['?(\w+)'?\]", r".\1", path.replace("._modules", ""))

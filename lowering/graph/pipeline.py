@@ -9,6 +9,7 @@ from torch.fx import Graph
 
 from ..report import layer_of, logger, record
 from .activation_pass import ActivationRecord, activation_pass
+from .regions import find_regions
 from .route_pass import RouteRecord, route_pass
 from .router_linear_pass import RouterLinearRecord, router_linear_pass
 from .spine_pass import SpineRecord, spine_pass
@@ -51,4 +52,6 @@ def run_passes(graph: Graph, *, skip: Collection[str] = ()) -> Graph:
         function(graph)
         logger.debug("%s took %.1f ms", name, (time.perf_counter() - start) * 1e3)
     graph.lint()
+    for region in find_regions(graph):
+        record("recognise", "region", layer=region.layer, outcome=str(region))
     return graph

@@ -11,6 +11,7 @@ import torch
 
 from ..activation import IDENTITY, is_gated
 from ..graph.dataflow import arguments, is_op
+from ..report import layer_of, record
 from ..schedule.device import DeviceSpec, device_spec
 from ..schedule.plan import plan
 from ..schedule.schedule import GemmShape, RowRange, Schedule
@@ -44,8 +45,7 @@ def _siblings(offsets: torch.fx.Node) -> tuple[GemmShape, ...]:
 
 def row_range(rows: Any, shapes: tuple[GemmShape, ...], *, device: DeviceSpec) -> RowRange:
     """The range that holds `rows` (an int or a symbolic expression, which is guarded on)."""
-    ranges = plan(shapes, device)
-    for candidate in ranges:
+    for candidate in plan(shapes, device):
         if candidate.max_rows is None or _compat.guard_less_equal(rows, candidate.max_rows):
             return candidate
     raise AssertionError("the last range is open")
@@ -58,7 +58,10 @@ def schedule_of(rows: Any, shape: GemmShape, *, device: torch.device) -> Schedul
     shapes = _siblings(offsets) if isinstance(offsets, torch.fx.Node) else ()
     if shape not in shapes:
         shapes = (shape,)
-    chosen = row_range(rows, shapes, device=device_spec(device.index or 0))
+    spec = device_spec(device.index or 0)
+    ranges = "; ".join(map(str, plan(shapes, spec)))
+    record("plan", "row_ranges", layer=layer_of(node) if node is not None else "", outcome=ranges)
+    chosen = row_range(rows, shapes, device=spec)
     return chosen.schedules[shapes.index(shape)]
 
 

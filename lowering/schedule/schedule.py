@@ -45,3 +45,7 @@ class RowRange:
 
     max_rows: int | None
     schedules: tuple[Schedule, ...]
+
+    def __str__(self) -> str:
+        bound = "more rows" if self.max_rows is None else f"up to {self.max_rows} rows"
+        return f"{bound}: {' and '.join(map(str, self.schedules))}"
