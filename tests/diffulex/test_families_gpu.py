@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import diffulex
+from lowering.schedule.plan import MAX_RANGES
 from tests.diffulex.test_families import first_output, fp64_copy, logits
 from tests.support.models import FAMILIES, WIDE, build_model, token_ids
 from tests.support.oracle import assert_oracle_ratio
@@ -83,6 +84,7 @@ def test_ratio_rule(family: str) -> None:
     print(family, "routed otherwise than in fp64:", dict(flips), "of", sum(TOKENS))
     assert flips["ours"] <= 1.5 * flips["eager"] + 4
     assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 3 + MAX_RANGES - 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -115,19 +117,18 @@ def test_cuda_graphs_capture(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_host_sync(family: str) -> None:
-    block = moe_block(build(family))
-    compiled = torch.compile(lambda hidden: block(hidden), fullgraph=True, dynamic=True)
-    hiddens = [torch.randn(1, n, WIDE.hidden, device="cuda", dtype=torch.bfloat16) for n in (64, 65, 1000)]
-    with torch.no_grad():
-        for hidden in hiddens:
-            compiled(hidden)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for hidden in hiddens:
-                compiled(hidden)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    model = build(family)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    batches = [token_ids(model, 1, count) for count in (64, 65, 1000)]
+    for ids in batches:
+        logits(compiled, ids)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for ids in batches:
+            logits(compiled, ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_same_bits_every_run() -> None:
