@@ -6,12 +6,14 @@ same places finite, infinite and NaN.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 MEAN_RATIO = 1.1
 MAX_RATIO = 2.0
@@ -108,3 +110,16 @@ def gradients(function: Callable[..., Tensor], args: tuple[Any, ...], grad: Tens
         return {i: torch.zeros_like(a) for i, a in wanted.items()}
     found = torch.autograd.grad(out, list(wanted.values()), grad.to(out.dtype), allow_unused=True)
     return {i: torch.zeros_like(a) if g is None else g for (i, a), g in zip(wanted.items(), found, strict=True)}
+
+
+class CountOps(TorchDispatchMode):
+    """Counts the calls of `torch.ops.diffulex` inside the block, by name: `.calls["moe_expert_up"]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "diffulex":
+            self.calls[func._schema.name.removeprefix("diffulex::")] += 1
+        return func(*args, **(kwargs or {}))

@@ -11,7 +11,7 @@ from lowering.ops import moe_expert_down
 from lowering.reference.moe_expert_down import moe_expert_down_reference
 from tests.support.catalogue import assert_refused, named
 from tests.support.inputs import DEVICES, FORMS, LOW_DTYPES, WIDE_FORMS, BlockForm, cast, down_args, with_grad
-from tests.support.oracle import assert_near_exact, assert_oracle_ratio, gradients, random_like
+from tests.support.oracle import CountOps, assert_near_exact, assert_oracle_ratio, gradients, random_like
 
 TAILED = FORMS["sentinels"]
 
@@ -81,6 +81,16 @@ def test_only_the_asked_gradient_is_made(asked):
     moe_expert_down(*args).sum().backward()  # an expanded gradient of stride 0
     assert [a.grad is not None for a in args[:3]] == [i == asked for i in range(3)]
     assert args[asked].grad.shape == args[asked].shape
+
+
+def test_frozen_experts_cost_no_weight_gradient():
+    args = list(down_args(FORMS["biased"]))
+    args[0].requires_grad_()
+    out = moe_expert_down(*args)
+    with CountOps() as counted:
+        out.sum().backward()
+    assert counted.calls["moe_expert_grad_weight"] == 0
+    assert counted.calls["moe_expert_up"] == 1
 
 
 def test_slots_of_no_expert_are_zero_whatever_their_rows_hold():

@@ -22,7 +22,7 @@ from tests.support.inputs import (
     up_args,
     with_grad,
 )
-from tests.support.oracle import assert_near_exact, assert_oracle_ratio, gradients, random_like
+from tests.support.oracle import CountOps, assert_near_exact, assert_oracle_ratio, gradients, random_like
 from tests.support.strategies import ACTS
 
 TAILED = FORMS["sentinels"]  # the only forms here with rows past offsets[E]
@@ -117,6 +117,16 @@ def test_only_the_asked_gradient_is_made(asked):
     moe_expert_up(*args).sum().backward()  # an expanded gradient of stride 0
     assert [a.grad is not None for a in args[:3]] == [i == asked for i in range(3)]
     assert args[asked].grad.shape == args[asked].shape
+
+
+def test_frozen_experts_cost_no_weight_gradient():
+    args = list(up_args(FORMS["biased"]))
+    args[0].requires_grad_()
+    out = moe_expert_up(*args)
+    with CountOps() as counted:
+        out.sum().backward()
+    assert counted.calls["moe_expert_grad_weight"] == 0
+    assert counted.calls["moe_expert_down"] == 1
 
 
 @pytest.mark.parametrize("act", [*ACTS, "sigmoid(g)", "exp(g + u)", "log(abs(g))", IDENTITY])
