@@ -13,6 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from lowering.errors import Reason, ReasonCode
+from lowering.inductor.fresh import fresh_caller
 from lowering.report import Decision, collect
 
 _GEMM_OPS = ("moe_expert_up", "moe_expert_down")
@@ -61,7 +62,11 @@ class Report:
             state = f"captured, {layer.backend}" if layer.captured else f"not captured: {layer.reason}"
             lines.append(f"{layer.name}: {state}")
             if layer.captured:
-                lines += [f"  form        {layer.form}", f"  router      {layer.router}", f"  activation  {layer.activation}"]
+                lines += [
+                    f"  form        {layer.form}",
+                    f"  router      {layer.router}",
+                    f"  activation  {layer.activation}",
+                ]
                 lines += [f"  {kernel}" for kernel in layer.kernels]
         return "\n".join(lines)
 
@@ -81,12 +86,12 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
 
     Compiles afresh with caches off, so that every decision is seen; the model and earlier compilations are untouched.
     """
-    torch._dynamo.reset()
-    counters.clear()
+    model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
+    graphs_before, breaks_before = counters["stats"]["unique_graphs"], counters["graph_break"].copy()
     with torch._inductor.config.patch(force_disable_caches=True), collect() as decisions:
-        torch.compile(model)(*args, **kwargs)
-    graphs, breaks = counters["stats"]["unique_graphs"], dict(counters["graph_break"])
-    return Report(layer_reports(model, decisions), graphs, sum(breaks.values()), tuple(breaks), tuple(decisions))
+        torch.compile(fresh_caller(model))(*args, **kwargs)
+    graphs, breaks = counters["stats"]["unique_graphs"] - graphs_before, counters["graph_break"] - breaks_before
+    return Report(layer_reports(model, decisions), graphs, breaks.total(), tuple(breaks), tuple(decisions))
 
 
 def layer_reports(model: nn.Module, decisions: list[Decision]) -> tuple[LayerReport, ...]:
@@ -95,6 +100,10 @@ def layer_reports(model: nn.Module, decisions: list[Decision]) -> tuple[LayerRep
 
 
 def _belongs(decision: Decision, name: str) -> bool:
+    """Whether a decision is about the experts `name`; their router is another child of the same block."""
+    if decision.subject == "moe_route":
+        name = name.rpartition(".")[0]
+        return decision.layer.rpartition(".")[0].endswith(name)
     return decision.layer == name or decision.layer.endswith(f".{name}")
 
 

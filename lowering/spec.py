@@ -64,6 +64,17 @@ class RoutingSpec:
                 hint="Use n_group=1, topk_group=1 for a router without groups.",
             )
 
+    def __str__(self) -> str:
+        """The options that differ from a plain choice, for reports: `top 8 of sigmoid, 4 of 8 groups, renorm, x 2.5`."""
+        parts = [f"top {self.top_k} of {self.score}"]
+        if self.n_group > 1:
+            parts.append(f"{self.topk_group} of {self.n_group} groups by {self.group_score}, others {self.group_fill}")
+        if self.renorm:
+            parts.append(f"renorm + {self.eps:g}" if self.eps else "renorm")
+        if self.scale != 1:
+            parts.append(f"x {self.scale:g}")
+        return ", ".join(parts)
+
     def op_args(self) -> tuple[int, str, int, int, str, str, bool, float, float]:
         """The scalar arguments of `diffulex::moe_route`, in schema order."""
         return dataclasses.astuple(self)  # type: ignore[return-value]
