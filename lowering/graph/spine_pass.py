@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,16 +26,18 @@ from .dataflow import (
     MatchError,
     arguments,
     aten,
+    cast_source,
     constant,
     describe,
+    has_shape,
     insert_call,
     insert_cast,
     is_op,
     is_output,
-    only_user,
     origin,
     outputs,
     peel_casts,
+    peel_copies,
     peel_views,
     refuse,
     require,
@@ -72,6 +74,61 @@ class _Spine:
     down_result: Node
     weights: Node
     total: Node
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slots:
+    """The sorted slots all parts of a spine share, and what is not its forward: the nodes of the backward."""
+
+    sort: Node
+    num_experts: int
+    backward: set[Node]
+
+    @property
+    def ids(self) -> Node:
+        ids: Node = arguments(self.sort)["self"]
+        return ids
+
+    def users(self, node: Node) -> list[Node]:
+        """The users of a node in the forward."""
+        return [user for user in node.users if user not in self.backward]
+
+    def next_user(self, node: Node) -> Node:
+        """The one user in the forward."""
+        users = self.users(node)
+        detail = f"{describe(node)} has {len(users)} users where one was looked for"
+        require(len(users) == 1, detail, code=ReasonCode.SHARED_USE)
+        return users[0]
+
+    def past_casts(self, node: Node) -> Node:
+        """The last of the casts that follow the node in the forward, or the node itself."""
+        while is_op(user := self.next_user(node), torch.ops.prims.convert_element_type, aten._to_copy):
+            node = user
+        return node
+
+    def _masks_sentinels(self, node: Any) -> bool:
+        """Whether it is `where(sorted ids >= E, 0, value)`: rows of other ranks' experts, which the ops leave zero."""
+        if not is_op(node, aten.where) or len(node.args) != 3 or constant(node.args[1]) != 0:
+            return False
+        mask = peel_views(node.args[0])
+        while is_op(mask, aten.expand):
+            mask = peel_views(mask.args[0])
+        if not is_op(mask, aten.ge) or constant(mask.args[1]) != self.num_experts:
+            return False
+        return is_output(peel_casts(mask.args[0]), self.sort, index=0)
+
+    def peel_sentinels(self, node: Any) -> Any:
+        """The value behind casts and masked sentinels."""
+        node = peel_casts(node)
+        while self._masks_sentinels(node):
+            node = peel_casts(node.args[2])
+        return node
+
+    def past_sentinels(self, node: Node) -> Node:
+        """The node, or what masks the sentinels in it, where nothing else of the forward reads it."""
+        while len(users := self.users(node)) == 1 and self._masks_sentinels(users[0]) and users[0].args[2] is node:
+            node = users[0]
+        return node
 
 
 def spine_pass(graph: Graph, *, record: Callable[[SpineRecord], None] | None = None) -> Graph:
@@ -114,33 +171,38 @@ def _backward_nodes(graph: Graph) -> set[Node]:
 
 
 def _operands(node: Node) -> tuple[Node, Node, Node]:
-    """(rows, weight, offsets) of a grouped GEMM without options."""
-    given = list(arguments(node).values())
-    rows, weight, offsets, *options = given
-    require(all(option in (None, False) for option in options[:1]), "the grouped GEMM has a bias of its own")
+    """(rows [N, X], weight [E, X, Y], offsets [E]) of a grouped GEMM without options."""
+    given = arguments(node)
+    names = ("self", "mat2", "offs") if is_op(node, aten._grouped_mm) else ("input", "weight", "offs")
+    rows, weight, offsets = (given[name] for name in names)
+    require(given.get("bias") is None, "the grouped GEMM has a bias of its own")
     require(isinstance(offsets, Node), "the grouped GEMM has no offsets")
+    ranks = tensor_of(rows).dim(), tensor_of(weight).dim()
+    require(ranks == (2, 3), f"a grouped GEMM of operands of ranks {ranks}", code=ReasonCode.SHAPE)
+    dtypes = {tensor_of(operand).dtype for operand in (node, rows, weight)}
+    require(len(dtypes) == 1, f"a grouped GEMM over the dtypes {dtypes}", code=ReasonCode.DTYPE)
     return rows, weight, offsets
 
 
 def _match(up: Node, backward: set[Node]) -> _Spine:
     rows, up_weight, offsets = _operands(up)
-    sort, num_experts = _match_offsets(offsets)
-    hidden, top_k = _match_gather(_peel_sentinels(rows), sort)
+    slots = _match_offsets(offsets, backward)
+    hidden, top_k = _match_gather(rows, slots)
     downs = [user for user in offsets.users if user is not up and user not in backward and _is_grouped_mm(user)]
     require(len(downs) == 1, f"{len(downs)} further grouped GEMMs share the offsets where one was looked for")
     down = downs[0]
     _, down_weight, _ = _operands(down)
-    up_bias, up_result = _match_bias(up, sort, backward)
-    down_bias, down_result = _match_bias(down, sort, backward)
-    weights, total = _match_tail(down_result, sort, top_k, backward)
-    ids = arguments(sort)["self"]
+    up_bias, up_result = _match_bias(up, slots)
+    down_bias, down_result = _match_bias(down, slots)
+    shape = (tensor_of(hidden).shape[0], top_k, tensor_of(down).shape[1])
+    weights, total = _match_tail(down_result, slots, shape)
     return _Spine(
-        sort, ids, num_experts, top_k, hidden, up, up_weight, up_bias, up_result,
+        slots.sort, slots.ids, slots.num_experts, top_k, hidden, up, up_weight, up_bias, up_result,
         down, down_weight, down_bias, down_result, weights, total,
     )  # fmt: skip
 
 
-def _match_offsets(offsets: Node) -> tuple[Node, int]:
+def _match_offsets(offsets: Node, backward: set[Node]) -> _Slots:
     """offsets = cumsum(histc(sorted ids, E bins from 0 to E - 1))."""
     require(is_op(offsets, aten.cumsum), f"offsets come from {describe(offsets)}, not from a cumsum")
     histogram = peel_casts(offsets.args[0])
@@ -153,7 +215,10 @@ def _match_offsets(offsets: Node) -> tuple[Node, int]:
     if not is_op(sort, aten.sort) or not is_output(ordered, sort, index=0):
         refuse(f"the histogram counts {describe(ordered)}, not sorted ids")
     require(not arguments(sort).get("descending"), "the ids are sorted in descending order")
-    return sort, bins
+    ids = tensor_of(arguments(sort)["self"])
+    require(ids.dim() == 1, f"the ids are sorted along one of {ids.dim()} dimensions", code=ReasonCode.SHAPE)
+    require(ids.dtype in (torch.int32, torch.int64), f"the ids are {ids.dtype}", code=ReasonCode.DTYPE)
+    return _Slots(sort, bins, backward)
 
 
 def _through_cast(node: Any) -> Any:
@@ -175,106 +240,104 @@ def _single_index(node: Node) -> Any:
     return indices[0]
 
 
-def _match_gather(rows: Node, sort: Node) -> tuple[Node, int]:
+def _match_gather(rows: Node, slots: _Slots) -> tuple[Node, int]:
     """rows = hidden[permutation // K]; returns (hidden [T, H], K)."""
-    rows = _peel_sentinels(peel_casts(rows))
+    rows = slots.peel_sentinels(rows)
     require(is_op(rows, aten.index), f"the first GEMM reads {describe(rows)}, not gathered rows")
+    hidden, top_k = arguments(rows)["self"], 1
     index = peel_casts(_single_index(rows))
-    if _is_permutation(index, sort):
-        return rows.args[0], 1
-    require(is_op(index, aten.div, aten.floor_divide), f"rows are gathered by {describe(index)}")
-    numerator, top_k = index.args[0], constant(index.args[1])
-    require(is_op(index, aten.floor_divide) or index.kwargs.get("rounding_mode") == "floor", "a division that rounds")
-    require(_is_permutation(numerator, sort) and isinstance(top_k, int), "rows are not gathered by permutation // K")
-    assert isinstance(top_k, int)
-    return rows.args[0], top_k
+    if not _is_permutation(index, slots.sort):
+        require(is_op(index, aten.div, aten.floor_divide), f"rows are gathered by {describe(index)}")
+        given = arguments(index)
+        rounds_down = is_op(index, aten.floor_divide) or given.get("rounding_mode") == "floor"
+        top_k = given["other"]
+        require(rounds_down and isinstance(top_k, int), f"rows are gathered by {describe(index)} of {top_k}")
+        require(_is_permutation(given["self"], slots.sort), "rows are not gathered by permutation // K")
+    num_tokens = tensor_of(hidden).shape[0]
+    require(has_shape(slots.ids, [num_tokens * top_k]), "there are not K ids a token", code=ReasonCode.SHAPE)
+    return hidden, top_k
 
 
-def _peel_sentinels(node: Any) -> Any:
-    """The value behind `where(ids >= E, 0, value)`: rows of other ranks' experts, which the ops leave zero themselves."""
-    node = peel_casts(node)
-    while is_op(node, aten.where):
-        condition, chosen, other = node.args
-        mask = peel_views(condition)
-        while is_op(mask, aten.expand):
-            mask = peel_views(mask.args[0])
-        if not is_op(mask, aten.ge) or constant(chosen) != 0:
-            break
-        node = peel_casts(other)
-    return node
-
-
-def _match_bias(gemm: Node, sort: Node, backward: set[Node]) -> tuple[Node | None, Node]:
-    """(bias [E, J] or None, the node with the bias added) of `gemm + bias[sorted ids]`."""
-    users = [user for user in gemm.users if user not in backward]
-    if len(users) != 1 or not is_op(users[0], aten.add):
-        return None, gemm
-    add = users[0]
-    other = next(arg for arg in add.args if arg is not gemm)
-    if not is_op(peel_casts(other), aten.index):
-        return None, gemm
-    gathered = peel_casts(other)
+def _match_bias(gemm: Node, slots: _Slots) -> tuple[Node | None, Node]:
+    """(bias [E, J] or None, the node with the bias added and sentinels masked) of `gemm + bias[sorted ids]`."""
+    users = slots.users(gemm)
+    operands = users[0].args[:2] if len(users) == 1 and is_op(users[0], aten.add) else ()
+    others = [peel_copies(arg) for arg in operands if arg is not gemm]
+    if len(others) != 1 or not is_op(others[0], aten.index):
+        return None, slots.past_sentinels(gemm)
+    add, gathered = users[0], others[0]
     index = peel_casts(_single_index(gathered))
-    if is_op(index, aten.clamp, aten.clamp_max, aten.minimum):
-        index = peel_casts(index.args[0])
-    require(is_output(index, sort, index=0), "a bias that is not indexed by the sorted ids")
+    while is_op(index, aten.clamp, aten.clamp_min, aten.clamp_max):
+        bounds = arguments(index)
+        least, most = bounds.get("min"), bounds.get("max")
+        keeps_ids = least in (None, 0) and most in (None, slots.num_experts - 1)
+        require(keeps_ids, f"a bias indexed by ids clamped to [{least}, {most}]")
+        index = peel_casts(bounds["self"])
+    require(is_output(index, slots.sort, index=0), "a bias that is not indexed by the sorted ids")
     require(arguments(add).get("alpha", 1) == 1, "a bias with a factor")
     bias: Any = gathered.args[0]
-    return bias, add
+    shape = [slots.num_experts, tensor_of(gemm).shape[1]]
+    require(has_shape(bias, shape), "a bias that is not one row per expert", code=ReasonCode.SHAPE)
+    dtypes = {tensor_of(node).dtype for node in (gemm, bias, add)}
+    require(len(dtypes) == 1, f"a bias added over the dtypes {dtypes}", code=ReasonCode.DTYPE)
+    return bias, slots.past_sentinels(add)
 
 
-def _match_tail(result: Node, sort: Node, top_k: int, backward: set[Node]) -> tuple[Node, Node]:
+def _match_tail(result: Node, slots: _Slots, shape: Sequence[Any]) -> tuple[Node, Node]:
     """(weights [T, K] or [N], the sum node) of `sum((result * weights[permutation])[inverse].view(T, K, H), 1)`."""
-    node = result
-    user = _next_user(node, backward)
-    while is_op(user, aten.where, torch.ops.prims.convert_element_type, aten._to_copy):
-        node, user = user, _next_user(user, backward)
-    require(is_op(user, aten.mul), f"the second GEMM's result goes to {describe(user)}, not to a product")
-    scale = [arg for arg in user.args if arg is not node]
-    require(len(scale) == 1, "the second GEMM's result is squared")
-    gathered = _peel_sentinels(origin(scale[0]))
+    node = slots.past_casts(result)
+    product = slots.next_user(node)
+    require(is_op(product, aten.mul), f"the second GEMM's result goes to {describe(product)}, not to a product")
+    scale: list[Any] = [arg for arg in product.args if arg is not node]
+    require(len(scale) == 1 and isinstance(scale[0], Node), "the rows are not weighted by a tensor")
+    num_slots = tensor_of(slots.ids).shape[0]
+    require(has_shape(scale[0], [num_slots, 1]), "the weights are not one per row", code=ReasonCode.SHAPE)
+    gathered = slots.peel_sentinels(origin(scale[0]))
     require(is_op(gathered, aten.index), f"rows are weighted by {describe(gathered)}")
-    require(_is_permutation(_single_index(gathered), sort), "the weights are not in expert order")
-    weights = origin(gathered.args[0])
-    node, user = user, _next_user(user, backward)
-    while is_op(user, aten.where, torch.ops.prims.convert_element_type, aten._to_copy):
-        node, user = user, _next_user(user, backward)
-    require(is_op(user, aten.index), f"weighted rows go to {describe(user)}, not back to slot order")
-    inverse = _single_index(user)
+    require(_is_permutation(_single_index(gathered), slots.sort), "the weights are not in expert order")
+    source = arguments(gathered)["self"]
+    per_slot = has_shape(source, [num_slots]) or has_shape(source, [num_slots, 1])
+    require(
+        per_slot and tensor_of(source).is_floating_point(),
+        "the weights are not one number per slot",
+        code=ReasonCode.SHAPE,
+    )
+    node = slots.past_casts(slots.past_sentinels(product))
+    ordered = slots.next_user(node)
+    require(is_op(ordered, aten.index), f"weighted rows go to {describe(ordered)}, not back to slot order")
+    _match_inverse(_single_index(ordered), slots.sort)
+    view = slots.next_user(ordered)
+    require(is_op(view, *VIEWS) and has_shape(view, shape), "slots are not viewed as [T, K, H]")
+    total = slots.next_user(slots.past_casts(view))
+    is_sum = is_op(total, aten.sum) and list(arguments(total).get("dim") or ()) == [1]
+    require(is_sum, f"slots go to {describe(total)}, not to a sum over K")
+    require(not arguments(total)["keepdim"], "the sum keeps the K dimension")
+    return origin(source), total
+
+
+def _match_inverse(inverse: Any, sort: Node) -> None:
+    """inverse[permutation] = 0, 1, 2, ..."""
     require(is_op(inverse, aten.index_put), f"slot order comes from {describe(inverse)}")
     put = arguments(inverse)
     require(len(put["indices"]) == 1 and _is_permutation(put["indices"][0], sort), "not the inverse permutation")
-    require(is_op(peel_casts(put["values"]), torch.ops.prims.iota, aten.arange), "not the inverse permutation")
-    require(not put["accumulate"], "not the inverse permutation")
-    view = _next_user(user, backward)
-    require(is_op(view, *VIEWS) and tensor_of(view).shape[1:2] == (top_k,), "slots are not viewed as [T, K, H]")
-    total = _next_user(view, backward)
-    while is_op(total, torch.ops.prims.convert_element_type):
-        total = _next_user(total, backward)
-    require(is_op(total, aten.sum) and list(arguments(total)["dim"]) == [1], "slots are not summed over K")
-    require(not arguments(total).get("keepdim"), "the sum keeps the K dimension")
-    return weights, total
-
-
-def _next_user(node: Node, backward: set[Node]) -> Node:
-    users = [user for user in node.users if user not in backward]
-    return users[0] if len(users) == 1 else only_user(node)
+    values = peel_casts(put["values"])
+    counts = is_op(values, aten.arange.default)
+    counts |= is_op(values, torch.ops.prims.iota) and (values.kwargs["start"], values.kwargs["step"]) == (0, 1)
+    require(counts and not put["accumulate"], "not the inverse permutation")
 
 
 def _weight(graph: Graph, weight: Node, *, like: Node) -> Node:
     """The GEMM's weight [E, in, out] as the ops want it, [E, out, in]: strides change, no data moves."""
-    if is_op(weight, aten.permute) and list(weight.args[1]) == [0, 2, 1]:
-        source: Node = weight.args[0]
-        return source
-    if is_op(weight, aten.transpose) and {d % 3 for d in weight.args[1:]} == {1, 2}:
-        source = weight.args[0]
+    if is_op(weight, aten.permute) and arguments(weight)["dims"] == [0, 2, 1]:
+        source: Node = arguments(weight)["self"]
         return source
     return insert_call(graph, aten.permute.default, args=(weight, [0, 2, 1]), like=like)
 
 
 def _rewrite(graph: Graph, spine: _Spine, backward: set[Node]) -> None:
     dtype, total_dtype = tensor_of(spine.up).dtype, tensor_of(spine.total).dtype
-    narrowed = all(tensor_of(user).dtype == dtype for user in spine.total.users if user not in backward)
+    readers = [user for user in spine.total.users if user not in backward]
+    narrowed = all(cast_source(user) is spine.total and tensor_of(user).dtype == dtype for user in readers)
     # a sum that stays in a wider dtype would be rounded by the op's result
     require(total_dtype == dtype or narrowed, f"the sum over K stays in {total_dtype}", code=ReasonCode.DTYPE)
     up, down, total = spine.up, spine.down, spine.total
@@ -292,7 +355,7 @@ def _rewrite(graph: Graph, spine: _Spine, backward: set[Node]) -> None:
     with graph.inserting_before(spine.up_result):
         hidden = insert_cast(graph, spine.hidden, dtype=dtype, like=up)
         weight = _weight(graph, spine.up_weight, like=up)
-        args = (hidden, weight, spine.up_bias, order, offsets, spine.top_k)
+        args: tuple[Any, ...] = (hidden, weight, spine.up_bias, order, offsets, spine.top_k)
         spine.up_result.replace_all_uses_with(insert_call(graph, moe.moe_expert_up.default, args=args, like=up))
     with graph.inserting_before(spine.down_result):
         activation = insert_cast(graph, _operands(down)[0], dtype=dtype, like=down)
