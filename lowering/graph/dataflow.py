@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeGuard
 import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
@@ -252,6 +253,8 @@ def insert_call(graph: Graph, target: Any, *, args: tuple[Any, ...], like: Node)
     """
     node = graph.call_function(target, args)
     node.meta = {key: value for key, value in like.meta.items() if key not in _OWN_META}
+    if isinstance(target, OpOverload):
+        node.meta["original_aten"] = target  # generated kernels are named after it
     fakes = map_arg(args, lambda arg: arg.meta["val"])
     mode = next((fake.fake_mode for fake in _leaves(fakes) if hasattr(fake, "fake_mode")), None)
     with mode or nullcontext(), enable_python_dispatcher():

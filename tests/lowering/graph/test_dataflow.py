@@ -209,6 +209,7 @@ def test_inserted_calls_know_their_value_and_place():
     assert dataflow.is_op(wide, prims.convert_element_type) and dataflow.has_shape(wide, (T, E))
     assert dataflow.tensor_of(wide).dtype == torch.float32
     assert layer_of(sort) == "model.gate" and sort.meta["partitioner_tag"] == "is_forward"
+    assert sort.meta["original_aten"] is aten.sort.default  # the name of the kernel that is generated for it
 
 
 def test_inserted_calls_take_symbolic_sizes():
