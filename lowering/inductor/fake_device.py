@@ -9,12 +9,10 @@ registry. All this is process wide, so a lock lets one thread at a time in; othe
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import importlib
 import importlib.util
-import os
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
@@ -27,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import MoEDeviceError, MoEUnsupportedError, Reason, ReasonCode
 from .fake_attention import sdpa_on_gpu
+from .fake_guard import device_guard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,7 +327,7 @@ def _patched(gpu: GpuDescription) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.callback(_clear_device_caches)
-        stack.enter_context(_device_guard())
+        stack.enter_context(device_guard())
         for name, value in _cuda_answers(gpu).items():
             swap(stack, torch.cuda, name, value)
         # Dynamo opens streams on the generic accelerator when there is one; there is no stream to open.
@@ -346,49 +345,3 @@ def _patched(gpu: GpuDescription) -> Iterator[None]:
             swap(stack, module, "lazy_init", _always(None))
         _clear_device_caches()
         yield
-
-
-@contextlib.contextmanager
-def _device_guard() -> Iterator[None]:
-    """Give C++ a device guard for CUDA that does nothing.
-
-    Indexing, copies and autograd nodes guard the device in C++. A CUDA build without a device has such a guard ready.
-    A CPU build has an empty entry in its registry: the guard of the meta device, which does nothing either, is lent to
-    it.
-    """
-    torch._C._ensureCUDADeviceGuardSet()
-    slots = _guard_registry()
-    borrowed = not slots[_CUDA_SLOT]
-    if borrowed:
-        slots[_CUDA_SLOT] = slots[_META_SLOT]
-    try:
-        yield
-    finally:
-        if borrowed:
-            slots[_CUDA_SLOT] = None
-
-
-_CUDA_SLOT, _META_SLOT = 1, 14  # c10::DeviceType::CUDA and ::Meta; these numbers are part of torch's file format
-_GUARD_SYMBOL = "_ZN3c104impl26device_guard_impl_registryE"
-
-
-def _guard_registry() -> Any:
-    """c10's array of device-guard pointers, at least up to the meta device."""
-    path = os.path.join(os.path.dirname(torch.__file__), "lib", "libc10.so")
-    try:
-        slots = (ctypes.c_void_p * (_META_SLOT + 1)).in_dll(ctypes.CDLL(path), _GUARD_SYMBOL)
-    except (OSError, ValueError) as error:
-        raise MoEUnsupportedError.of(
-            "fake_h100",
-            expected="torch for Linux",
-            got=f"no guard registry ({error})",
-            hint="Use Linux, or a CUDA build of torch.",
-        ) from error
-    if not slots[_META_SLOT]:
-        raise MoEUnsupportedError.of(
-            "fake_h100",
-            expected="a guard for the meta device",
-            got="an empty entry",
-            hint="This torch is newer than fake_h100 knows.",
-        )
-    return slots

@@ -18,6 +18,7 @@ import dataclasses
 import io
 import itertools
 import re
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -239,7 +240,6 @@ def _quiet_compiler(options: Mapping[str, Any] | None) -> Iterator[None]:
     import torch._inductor.config as inductor_config
     from torch._inductor.graph import GraphLowering
     from torch._inductor.select_algorithm import AlgorithmSelectorCache
-    from torch._inductor.utils import fresh_cache
 
     def stop(_graph: Any, wrapper_code: Any) -> NoReturn:
         raise _Captured(wrapper_code.value)
@@ -251,7 +251,7 @@ def _quiet_compiler(options: Mapping[str, Any] | None) -> Iterator[None]:
     # shape_padding would time padded and unpadded matrix products.
     inductor = {"compile_threads": 1, "fx_graph_cache": False, "shape_padding": False, **(options or {})}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(fresh_cache())
+        stack.enter_context(_scratch_caches())
         stack.enter_context(inductor_config.patch(inductor))
         stack.enter_context(functorch_config.patch(enable_autograd_cache=False))
         stack.enter_context(dynamo_config.patch(automatic_dynamic_shapes=False))
@@ -260,6 +260,21 @@ def _quiet_compiler(options: Mapping[str, Any] | None) -> Iterator[None]:
         swap(stack, GraphLowering, "_compile_to_module_lines", stop)
         swap(stack, AlgorithmSelectorCache, "__call__", first_choice)
         yield
+
+
+@contextlib.contextmanager
+def _scratch_caches() -> Iterator[None]:
+    """Empty caches of Inductor and Triton, on disk too, gone afterwards."""
+    from torch._inductor.utils import fresh_cache
+
+    failure: Exception | None = None
+    with tempfile.TemporaryDirectory() as folder, fresh_cache(dir=folder):
+        try:
+            yield
+        except Exception as error:
+            failure = error  # fresh_cache would keep its folder and log where
+    if failure is not None:
+        raise failure
 
 
 def _split(wrapper_source: str, inputs: tuple[str, ...]) -> OfflineCode:
@@ -303,10 +318,8 @@ def compile_kernels(code: OfflineCode, *, target: str = "sm_90", all_configs: bo
             got=repr(target),
             hint="The H100 is the only device described.",
         )
-    from torch._inductor.utils import fresh_cache
-
     facts: list[KernelFacts] = []
-    with fake_h100(), fresh_cache():
+    with fake_h100(), _scratch_caches():
         for kernel in code.kernels:
             facts.extend(_compile_kernel(kernel, all_configs))
     return tuple(facts)
