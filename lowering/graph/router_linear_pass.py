@@ -1,8 +1,9 @@
 """Let a router's fp32 product read its 16-bit operands: `mm(x.float(), w.float().T)` -> `mm(x, w.T, out_dtype=fp32)`.
 
 DeepSeek-V3 and its relatives cast hidden states and router weight to fp32 before the product. Products of two 16-bit
-floats are exact in fp32; the matrix units sum them in fp32 with a relative error of about 1e-6 (1e-7 on the CUDA cores),
-a thousandth of the rounding that made the operands. Two casts, their traffic and their kernels are saved. Only products that feed `moe_route` are touched, only on CUDA.
+floats are exact in fp32; the matrix units sum them in fp32 with a relative error of about 1e-6 (1e-7 on the CUDA
+cores), a thousandth of the rounding that made the operands. Two casts, their traffic and their kernels are saved. Only
+products that feed `moe_route` are touched, only on CUDA.
 """
 
 from __future__ import annotations
