@@ -77,7 +77,8 @@ def match_formula(weights: Node, topk: Node) -> RouteFormula:
     require(has_shape(end, (tensor_of(selected).shape[0], top_k)), "the weights are not one per chosen expert")
     read = _read_weights(end, topk)
     if read.score is not None:
-        # Softmax keeps the order of the logits; where sigmoid saturates, scores tie that the logits told apart.
+        # A softmax over the chosen logits is the renormalised softmax over all, and that keeps the order of the logits;
+        # where sigmoid saturates, scores tie that the logits told apart.
         order = f"{read.score} after the selection: the op selects on the scores"
         require(read.score == "softmax", order, code=ReasonCode.OPTION)
         logits = _logits(selected)
@@ -135,9 +136,7 @@ def _read_weights(end: Node, topk: Node) -> _Weights:
     node, scale = _without_scale(end)
     picked = _picked(node, topk)
     if picked is not None:
-        source, score = picked
-        # A softmax over the chosen logits is the renormalised softmax over all of them.
-        return _Weights(source, score, renorm=score == "softmax", eps=0.0, scale=scale)
+        return _Weights(*picked, renorm=False, eps=0.0, scale=scale)
     require(is_op(node, aten.div.Tensor), f"the weights come from {describe(node)}")
     numerator, denominator = node.args
     picked = _picked(numerator, topk)

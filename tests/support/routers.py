@@ -191,7 +191,8 @@ def softplus_without_root(logits: Tensor, bias: Tensor) -> Routed:
 
 
 def softplus_of_other_threshold(logits: Tensor, bias: Tensor) -> Routed:
-    return torch.topk(torch.nn.functional.softplus(logits.float(), threshold=2).sqrt(), K)
+    logits = logits.float()
+    return torch.topk(torch.where(logits > 2, logits, logits.exp().log1p()).sqrt(), K)
 
 
 def smallest(logits: Tensor, bias: Tensor) -> Routed:
@@ -288,6 +289,11 @@ def gathered_from_other_scores(logits: Tensor, bias: Tensor) -> Routed:
     return logits.float().sigmoid().gather(1, ids), ids
 
 
+def gathered_at_other_ids(logits: Tensor, bias: Tensor) -> Routed:
+    scores = logits.float().sigmoid()
+    return scores.gather(1, torch.topk(scores, K)[1]), torch.topk(scores + bias, K)[1]
+
+
 def gathered_from_logits(logits: Tensor, bias: Tensor) -> Routed:
     ids = torch.topk(_softmax(logits) + bias, K)[1]
     return logits.gather(1, ids), ids
@@ -301,6 +307,12 @@ def softmax_of_other_logits(logits: Tensor, bias: Tensor) -> Routed:
 def softmax_of_rounded_logits(logits: Tensor, bias: Tensor) -> Routed:
     values, ids = torch.topk(logits.float() + 0.1, K)
     return values.bfloat16().softmax(-1), ids
+
+
+def softmax_of_gathered_rounded_logits(logits: Tensor, bias: Tensor) -> Routed:
+    logits = logits.float() + bias
+    ids = torch.topk(logits, K)[1]
+    return logits.bfloat16().gather(1, ids).softmax(-1, dtype=torch.float32), ids
 
 
 def sigmoid_after_selection(logits: Tensor, bias: Tensor) -> Routed:
@@ -359,6 +371,15 @@ def groups_across(logits: Tensor, bias: Tensor) -> Routed:
     return scores.gather(1, ids), ids
 
 
+def groups_scattered_over_twos(logits: Tensor, bias: Tensor) -> Routed:
+    """The mask is 1 or 2 everywhere, so it keeps every expert."""
+    scores = logits.float().sigmoid()
+    kept = torch.full((scores.shape[0], G), 2.0).scatter(1, _top2(scores).topk(2)[1], 1)
+    mask = kept.unsqueeze(-1).expand(-1, G, E // G).reshape(-1, E)
+    ids = scores.masked_fill(~mask.bool(), float("-inf")).topk(K)[1]
+    return scores.gather(1, ids), ids
+
+
 def groups_filled_with_less(logits: Tensor, bias: Tensor) -> Routed:
     scores = logits.float().sigmoid()
     ids = scores.masked_fill(~_group_mask(_top2(scores)).bool(), -1.0).topk(K)[1]
@@ -409,9 +430,11 @@ REFUSED: dict[Router, tuple[ReasonCode, str]] = {
     bias_stays: (ReasonCode.OPTION, "bias stays in the weights"),
     bias_with_factor: (ReasonCode.OPTION, "has a factor"),
     gathered_from_other_scores: (ReasonCode.STRUCTURE, "gathered from another tensor"),
+    gathered_at_other_ids: (ReasonCode.STRUCTURE, "the weights come from aten.gather"),
     gathered_from_logits: (ReasonCode.STRUCTURE, "gathered from another tensor"),
     softmax_of_other_logits: (ReasonCode.STRUCTURE, "picked from another tensor"),
     softmax_of_rounded_logits: (ReasonCode.STRUCTURE, "the weights come from"),
+    softmax_of_gathered_rounded_logits: (ReasonCode.STRUCTURE, "picked from another tensor"),
     sigmoid_after_selection: (ReasonCode.OPTION, "sigmoid after the selection"),
     rounded_scores: (ReasonCode.DTYPE, "torch.bfloat16"),
     rounded_then_widened_scores: (ReasonCode.DTYPE, "rounded to 16 bits"),
@@ -422,6 +445,7 @@ REFUSED: dict[Router, tuple[ReasonCode, str]] = {
     groups_by_mean: (ReasonCode.OPTION, "the sum of"),
     groups_by_other_scores: (ReasonCode.STRUCTURE, "not scored on the scores"),
     groups_across: (ReasonCode.STRUCTURE, "not spread over its own experts"),
+    groups_scattered_over_twos: (ReasonCode.STRUCTURE, "not ones scattered over zeros"),
     groups_filled_with_less: (ReasonCode.OPTION, "get the score -1.0"),
     groups_filled_per_expert: (ReasonCode.STRUCTURE, "something else than a constant"),
     groups_too_few: (ReasonCode.OPTION, "the groups keep 4"),

@@ -4,7 +4,7 @@ import torch
 from lowering.graph.dataflow import MatchError, aten
 from lowering.graph.route_formula import match_formula
 from tests.support.graphs import calls, trace
-from tests.support.routers import BIASED, MATCHED, REFUSED, E, T
+from tests.support.routers import BIASED, MATCHED, REFUSED, E, K, T
 
 
 def name(value):
@@ -39,3 +39,30 @@ def test_what_is_one_step_away_is_refused(router, reason, tokens):
     if tokens > 1:  # one token has rows that look like a bias, and is refused for the other term
         assert caught.value.reason.code is reason[0]
         assert reason[1] in caught.value.reason.detail
+
+
+def softmax_turned(logits, bias):
+    exp = (logits - logits.amax(-1, keepdim=True)).exp()
+    return torch.topk(exp / exp.sum(0)[:, None], K)
+
+
+def renorm_turned(logits, bias):
+    weights, ids = torch.topk(logits.softmax(-1), K)
+    return weights / weights.sum(0)[:, None], ids
+
+
+def topk_over_tokens(logits, bias):
+    return torch.topk(logits.softmax(-1), E, dim=0)
+
+
+@pytest.mark.parametrize(
+    ("router", "tokens"), [(softmax_turned, E), (renorm_turned, K), (topk_over_tokens, E)], ids=name
+)
+def test_sums_over_tokens_are_refused_where_every_shape_fits(router, tokens):
+    with pytest.raises(MatchError):
+        formula(router, tokens=tokens)
+
+
+def test_logits_that_the_model_rounds_stay_rounded():
+    found, logits, _ = formula(lambda logits, bias: torch.topk(logits.bfloat16().float().softmax(-1), K))
+    assert found.logits is not logits and found.logits.args == (logits, torch.bfloat16)
