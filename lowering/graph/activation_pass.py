@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 
 from .. import ops  # noqa: F401  (registers the ops that are looked up below)
 from ..activation import IDENTITY, MAX_FORMULA_LENGTH, simplify
-from ..errors import Reason, ReasonCode
+from ..errors import MoEOptionError, Reason, ReasonCode
 from .dataflow import (
     MatchError,
     arguments,
@@ -57,6 +57,7 @@ _BINARY = {
     aten.maximum: "max({0}, {1})",
     aten.minimum: "min({0}, {1})",
 }
+_MAX_STEPS = 200
 _CLAMPS = (aten.clamp, aten.clamp_min, aten.clamp_max, aten.hardtanh)
 
 
@@ -73,7 +74,7 @@ def activation_pass(graph: Graph, *, record: Callable[[ActivationRecord], None] 
     """Fold every gate that is a formula of gate and up; tell `record` about each down stage behind an identity up."""
     for down in [node for node in graph.nodes if is_op(node, moe.moe_expert_down)]:
         try:
-            builder = _Builder(arguments(down)["act"])
+            builder = _Builder(down)
             if builder.up is None:
                 continue
             formula = builder.formula()
@@ -87,20 +88,20 @@ def activation_pass(graph: Graph, *, record: Callable[[ActivationRecord], None] 
 
 
 class _Builder:
-    """Reads the subgraph that ends in `result` back to one identity up stage."""
+    """Reads the subgraph that a down stage reads back to the identity up stage of the same slots."""
 
-    def __init__(self, result: Node) -> None:
-        self.result = result
+    def __init__(self, down: Node) -> None:
+        self.result: Node = arguments(down)["act"]
         self.inside: set[Node] = set()
         self.layouts: set[str] = set()
-        self.up = _up_behind(result)
+        self.texts: dict[Node, str] = {}
+        self.up = _up_behind(self.result, offsets=arguments(down)["offsets"])
 
     def formula(self) -> str:
         """The formula, in canonical spelling; raises `MatchError` where there is none."""
         assert self.up is not None
         require(self.result is not self.up, "the up stage has no activation", code=ReasonCode.NOT_POINTWISE)
         text = self._text(self.result)
-        require(len(text) <= MAX_FORMULA_LENGTH, "the formula is too long", code=ReasonCode.NOT_POINTWISE)
         require(len(self.layouts) == 1, f"gate and up are split in {len(self.layouts)} ways")
         require(tensor_of(self.result).dtype == tensor_of(self.up).dtype, "the activation changes the dtype")
         rows, width_J = tensor_of(self.up).shape
@@ -110,7 +111,7 @@ class _Builder:
             escaped = [user for user in node.users if user not in self.inside]
             detail = f"{describe(node)} is also read by {[describe(user) for user in escaped]}"
             require(not escaped, detail, code=ReasonCode.SHARED_USE)
-        formula = simplify(text)
+        formula = _simplified(text)
         gated = self.layouts != {"whole"}
         require(gated == ("u" in _names(formula)), "gate and up are not both used", code=ReasonCode.NOT_POINTWISE)
         return formula
@@ -120,9 +121,14 @@ class _Builder:
         if number is not None:
             return repr(float(number))
         require(isinstance(node, Node), f"{node!r} is not a tensor", code=ReasonCode.NOT_POINTWISE)
-        leaf = self._leaf(node)
-        if leaf is not None:
-            return leaf
+        if node not in self.texts:
+            text = self._leaf(node) or self._read(node)
+            # a value that is read twice is spelled twice
+            require(len(text) <= MAX_FORMULA_LENGTH, "the formula is too long", code=ReasonCode.NOT_POINTWISE)
+            self.texts[node] = text
+        return self.texts[node]
+
+    def _read(self, node: Node) -> str:
         self.inside.add(node)
         source = peel_casts(node)
         if source is not node:
@@ -181,6 +187,14 @@ class _Builder:
         return name
 
 
+def _simplified(text: str) -> str:
+    """The formula in one spelling; refuses what the formula language cannot hold: infinities, too deep a tree."""
+    try:
+        return simplify(text)
+    except MoEOptionError as error:
+        return refuse(f"{text[:100]!r} is not a formula: {error}", code=ReasonCode.NOT_POINTWISE)
+
+
 def _names(formula: str) -> set[str]:
     return {node.id for node in ast.walk(ast.parse(formula)) if isinstance(node, ast.Name)}
 
@@ -213,22 +227,19 @@ def _half_of(node: Node) -> tuple[Node, str, str, list[Node]] | None:
     return None if found is None else (source, *found, [node])
 
 
-def _up_behind(result: Node) -> Node | None:
-    """The one identity up stage that the value is computed from through few steps, or None."""
+def _up_behind(result: Node, *, offsets: Node) -> Node | None:
+    """The identity up stage over the same offsets that the value is computed from through few steps, or None."""
     seen, waiting = {result}, [result]
-    found: set[Node] = set()
-    while waiting and len(seen) < 200:
-        node = waiting.pop()
+    while waiting and len(seen) < _MAX_STEPS:
+        node = waiting.pop(0)
         if is_op(node, moe.moe_expert_up):
-            found.add(node)
+            if arguments(node)["offsets"] is offsets:
+                return node if arguments(node)["act"] == IDENTITY else None
             continue
         fresh = [source for source in node.all_input_nodes if source not in seen]
         seen.update(fresh)
         waiting.extend(fresh)
-    if len(found) != 1:
-        return None
-    up = next(iter(found))
-    return up if arguments(up)["act"] == IDENTITY else None
+    return None
 
 
 def _fold(graph: Graph, builder: _Builder, formula: str) -> None:
