@@ -176,7 +176,6 @@ def _operands(node: Node) -> tuple[Node, Node, Node]:
     names = ("self", "mat2", "offs") if is_op(node, aten._grouped_mm) else ("input", "weight", "offs")
     rows, weight, offsets = (given[name] for name in names)
     require(given.get("bias") is None, "the grouped GEMM has a bias of its own")
-    require(isinstance(offsets, Node), "the grouped GEMM has no offsets")
     ranks = tensor_of(rows).dim(), tensor_of(weight).dim()
     require(ranks == (2, 3), f"a grouped GEMM of operands of ranks {ranks}", code=ReasonCode.SHAPE)
     dtypes = {tensor_of(operand).dtype for operand in (node, rows, weight)}
