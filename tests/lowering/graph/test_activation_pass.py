@@ -245,7 +245,7 @@ def test_the_dtype_must_stay():
 def test_a_result_that_is_read_twice_is_folded():
     """The result may be read elsewhere: it is replaced, not left out."""
     args = inputs()
-    module, (record,), before = folded(lambda pre: with_sum(functional.relu(pre), torch.clone), args)
+    module, (record,), before = folded(lambda pre: with_sum(functional.relu(pre), lambda value: value), args)
     assert record.formula == "relu(g)"
     for ours, eager in zip(module(*args), before, strict=True):
         torch.testing.assert_close(ours, eager)
