@@ -16,7 +16,9 @@ from torch.nn.attention import SDPBackend
 aten = torch.ops.aten
 
 
-def sdpa_choice(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> SDPBackend:
+def sdpa_choice(
+    query: torch.Tensor, key: torch.Tensor, *, value: torch.Tensor, mask: torch.Tensor | None
+) -> SDPBackend:
     """Backend for query [B, N, T, D], key and value [B, G, S, D] and a bool or additive mask [B | 1, N | 1, T, S].
 
     Flash for 16-bit dtypes without a mask; memory-efficient for the rest when N = G; otherwise plain mathematics.
@@ -29,7 +31,7 @@ def sdpa_choice(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mas
     return SDPBackend.EFFICIENT_ATTENTION if query.shape[1] == key.shape[1] else SDPBackend.MATH
 
 
-def sdpa_on_gpu(
+def _sdpa(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -40,7 +42,7 @@ def sdpa_on_gpu(
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` as CUDA decomposes it: shapes and dtypes of `sdpa_choice`, to [B, N, T, D]."""
     op = aten.scaled_dot_product_attention.default
-    choice = sdpa_choice(query, key, value, attn_mask) if query.device.type == "cuda" else SDPBackend.MATH
+    choice = sdpa_choice(query, key, value=value, mask=attn_mask) if query.device.type == "cuda" else SDPBackend.MATH
     if choice is SDPBackend.MATH:
         composite = torch._C.DispatchKey.CompositeImplicitAutograd
         return op._op_dk(composite, query, key, value, attn_mask, dropout_p, is_causal, **options)
@@ -62,3 +64,7 @@ def _bias(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.T
     if not isinstance(keys, int) or keys % 8:
         mask = torch.nn.functional.pad(mask, (0, (-keys) % 8))[..., :keys]
     return mask.expand(query.shape[0], query.shape[1], query.shape[-2], keys)
+
+
+# Composite ops that CUDA decomposes by what the device can do, and how it does on an H100.
+GPU_DECOMPOSITIONS = {aten.scaled_dot_product_attention.default: _sdpa}

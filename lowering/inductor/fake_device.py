@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import MoEDeviceError, MoEUnsupportedError, Reason, ReasonCode
-from .fake_attention import sdpa_on_gpu
+from .fake_attention import GPU_DECOMPOSITIONS
 from .fake_guard import device_guard
 
 
@@ -282,17 +282,16 @@ def _cached_functions(module: ModuleType) -> list[Any]:
     return [function for function in found if function.__module__ == module.__name__]
 
 
-def swap(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Set `owner.name` until `stack` closes; then the very entry of the owner's dict comes back, wrappers included."""
-    missing = object()
-    before = vars(owner).get(name, missing)
-    if before is missing and not hasattr(owner, name):
-        raise AttributeError(f"{owner!r} has no {name!r}; this torch is newer than fake_h100 knows")
-    if before is missing:
-        stack.callback(delattr, owner, name)
-    else:
-        stack.callback(setattr, owner, name, before)
-    setattr(owner, name, value)
+def swap(stack: contextlib.ExitStack, owner: Any, **attributes: Any) -> None:
+    """Set attributes of `owner` until `stack` closes; then the very entries of its dict come back."""
+    for name, value in attributes.items():
+        if name in vars(owner):
+            stack.callback(setattr, owner, name, vars(owner)[name])
+        elif hasattr(owner, name):
+            stack.callback(delattr, owner, name)
+        else:
+            raise AttributeError(f"{owner!r} has no {name!r}; this torch is newer than fake_h100 knows")
+        setattr(owner, name, value)
 
 
 def _swap_item(stack: contextlib.ExitStack, mapping: dict[Any, Any], key: Any, value: Any) -> None:
@@ -328,20 +327,20 @@ def _patched(gpu: GpuDescription) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.callback(_clear_device_caches)
         stack.enter_context(device_guard())
-        for name, value in _cuda_answers(gpu).items():
-            swap(stack, torch.cuda, name, value)
+        swap(stack, torch.cuda, **_cuda_answers(gpu))
         # Dynamo opens streams on the generic accelerator when there is one; there is no stream to open.
-        swap(stack, torch.accelerator, "is_available", _always(False))
+        swap(stack, torch.accelerator, is_available=_always(False))
         for index in ("cuda", "cuda:0"):
             _swap_item(stack, device_interface.device_interfaces, index, _device_interface())
-        swap(stack, triton.runtime.driver, "_active", _triton_driver(gpu))
-        swap(stack, triton_helpers, "set_driver_to_gpu", _always(None))
-        swap(stack, fake_tensor.FakeTensorMode, "avoid_device_init", True)
-        swap(stack, fake_tensor, "init_gpu_context", _always(None))
-        _swap_kernel(stack, torch.ops.aten.scaled_dot_product_attention.default, sdpa_on_gpu)
-        swap(stack, constant_folding.ConstantFolder, "run", _folding_on_cpu(constant_folding.ConstantFolder.run))
-        swap(stack, proxy_tensor, "unset_fake_temporarily", _real_constants)
+        swap(stack, triton.runtime.driver, _active=_triton_driver(gpu))
+        swap(stack, triton_helpers, set_driver_to_gpu=_always(None))
+        swap(stack, fake_tensor.FakeTensorMode, avoid_device_init=True)
+        swap(stack, fake_tensor, init_gpu_context=_always(None))
+        for op, decomposition in GPU_DECOMPOSITIONS.items():
+            _swap_kernel(stack, op, decomposition)
+        swap(stack, constant_folding.ConstantFolder, run=_folding_on_cpu(constant_folding.ConstantFolder.run))
+        swap(stack, proxy_tensor, unset_fake_temporarily=_real_constants)
         for module in (joint_graph, post_grad):
-            swap(stack, module, "lazy_init", _always(None))
+            swap(stack, module, lazy_init=_always(None))
         _clear_device_caches()
         yield

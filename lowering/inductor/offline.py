@@ -257,8 +257,8 @@ def _quiet_compiler(options: Mapping[str, Any] | None) -> Iterator[None]:
         stack.enter_context(dynamo_config.patch(automatic_dynamic_shapes=False))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
-        swap(stack, GraphLowering, "_compile_to_module_lines", stop)
-        swap(stack, AlgorithmSelectorCache, "__call__", first_choice)
+        swap(stack, GraphLowering, _compile_to_module_lines=stop)
+        swap(stack, AlgorithmSelectorCache, __call__=first_choice)
         yield
 
 

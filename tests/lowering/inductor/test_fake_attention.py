@@ -34,7 +34,8 @@ MASK = torch.ones(2, 1, 17, 17, dtype=torch.bool)
     ],
 )
 def test_choice(shape, mask, choice):
-    assert sdpa_choice(*tensors(**shape), mask) is choice
+    query, key, value = tensors(**shape)
+    assert sdpa_choice(query, key, value=value, mask=mask) is choice
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: nothing to fake")

@@ -62,6 +62,7 @@ def test_nothing_is_left_behind():
         inside = changed(before, snapshot())
     assert {name for _, name in inside} >= {"is_available", "_active", "cuda:0", "avoid_device_init"}
     assert not changed(before, snapshot())
+    assert bool(guard_registry()[1]) == torch.backends.cuda.is_built()  # a CPU build has no guard for CUDA
 
 
 def test_nothing_is_left_behind_after_an_error():
