@@ -57,6 +57,6 @@ def layer_of(node: Any) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
         return ""
-    path = next(reversed(stack.values()))[0]
-    path = re.sub(r"^(L\['\w+'\](\[\d+\])?|self)\.?", "", path)  # the local name the module was called by
-    return re.sub(r"\['?(\w+)'?\]", r".\1", path.replace("._modules", ""))
+    path = next(reversed(stack.values()))[0].replace("._modules", "")
+    path = re.sub(r"^(L\['\w+'\](\[\d+\])?|self)", "", path)  # the local name the module was called by
+    return re.sub(r"\['?(\w+)'?\]", r".\1", path).lstrip(".")
