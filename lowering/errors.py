@@ -57,6 +57,12 @@ class MoEUnsupportedError(MoEErrorMixin, ValueError):
     code = "MOE006"
 
 
+class MoEConfigError(MoEErrorMixin, ValueError):
+    """A model config does not say what is asked, or says something that has no counterpart here."""
+
+    code = "MOE007"
+
+
 class ReasonCode(enum.Enum):
     """Why something was not captured, fused or lowered. `explain` prints these; there is no UNKNOWN."""
 
