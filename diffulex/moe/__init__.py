@@ -1,0 +1,1 @@
+"""Mixture-of-Experts layers and what model configs say about them."""

@@ -1,0 +1,221 @@
+"""Shared experts, routing spec and expert spec of one layer, from its facts and the row of its family."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lowering.activation import IDENTITY
+from lowering.spec import SCORES, ExpertSpec, RoutingSpec
+
+from ._families import DENSE_WIDTH, GENERIC, GROUPS, SHARED_COUNT, SHARED_WIDTH, WIDTH, Refusal, Shared
+from ._read import MISSING, Facts
+
+GATES = ("none", "sigmoid", "router")
+# transformers' names of activations -> formula of g
+_ACTS = {
+    "silu": "silu(g)",
+    "swish": "silu(g)",
+    "gelu": "gelu(g)",
+    "gelu_pytorch_tanh": "gelu_tanh(g)",
+    "gelu_new": "gelu_tanh(g)",
+    "gelu_fast": "gelu_tanh(g)",
+    "quick_gelu": "g * sigmoid(g * 1.702)",
+    "relu": "relu(g)",
+    "relu2": "square(relu(g))",
+    "sigmoid": "sigmoid(g)",
+    "tanh": "tanh(g)",
+    "linear": IDENTITY,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedExpertSpec:
+    """Experts every token passes through: `count` of them, each `width` wide, as one MLP or several.
+
+    gate   "none": added as they are; "sigmoid": times the sigmoid of a linear gate (Qwen2-MoE);
+           "router": times a weight from the router (Inkling)
+    """
+
+    count: int
+    width: int
+    gate: str = "none"
+
+    @property
+    def total_width(self) -> int:
+        """Width of all of them as one MLP."""
+        return self.count * self.width
+
+
+def expert_width(facts: Facts) -> int:
+    """Width I of one routed expert. `intermediate_size` counts only where no name of its own exists for experts."""
+    width = facts.family.width
+    if isinstance(width, int):
+        return width
+    what = "the width of an expert"
+    if width:
+        return facts.number(width, what=what)
+    names = WIDTH if facts.get(WIDTH) is not MISSING else (*WIDTH, *DENSE_WIDTH)
+    return facts.number(names, what=what)
+
+
+def top_k(facts: Facts) -> int:
+    """Experts per token K."""
+    names = facts.family.top_k
+    return names if isinstance(names, int) else facts.number(names, what="the number of experts per token")
+
+
+def num_experts(facts: Facts) -> int:
+    """Routed experts E."""
+    return facts.number(facts.family.count, what="the number of experts")
+
+
+def _score(facts: Facts) -> str:
+    score = facts.family.score
+    if score in SCORES:
+        return score
+    names = (score,) if score else ("scoring_func", "score_function", "moe_router_score_function")
+    found = facts.need(names, what="the score function of the router")
+    if found not in SCORES:
+        raise facts.error(f"{names[0]} of {SCORES}", got=repr(found), hint="Other scores are not supported.")
+    return found
+
+
+def norm_topk_prob(facts: Facts) -> bool:
+    """Whether the weights of the chosen experts are divided by their sum."""
+    norm: Any = facts.family.norm
+    if isinstance(norm, Mapping):
+        norm = norm[_score(facts)]
+    if norm == "k>1":
+        return top_k(facts) > 1
+    if isinstance(norm, bool):
+        return norm
+    value = facts.get(norm)
+    if value is None and "." in norm[0]:
+        return False  # DBRX gives the p of a p-norm, None for no norm
+    value = facts.need(norm, what="whether weights are renormalised")
+    if value not in (True, False, 0, 1):
+        raise facts.error(f"{norm[0]} of True or False", got=repr(value), hint="Only p = 1 is a renormalisation.")
+    return bool(value)
+
+
+def shared_experts(facts: Facts) -> SharedExpertSpec | None:
+    """The shared experts, or None."""
+    rule = facts.family.shared
+    if rule is None:
+        return None
+    if not isinstance(rule, Shared):
+        rule = _generic_shared(facts)
+    count = rule.count if isinstance(rule.count, int) else facts.get(rule.count)
+    if count in (MISSING, None, 0):
+        return None
+    width = facts.get(rule.width) if rule.width else expert_width(facts)
+    if width in (MISSING, None, 0):
+        return None
+    count, width = (facts.of_layer(value, what="shared experts") for value in (count, width))
+    return SharedExpertSpec(count, width, rule.gate)
+
+
+def _generic_shared(facts: Facts) -> Shared:
+    stated = facts.get(SHARED_WIDTH)
+    if stated in (MISSING, None, 0):
+        return Shared()
+    if facts.get(SHARED_COUNT) in (MISSING, None, 0):
+        wanted = f"a model type known to say whether {', '.join(SHARED_WIDTH)} is one gated MLP"
+    else:
+        wanted = f"a model type known to say whether {', '.join(SHARED_WIDTH)} is for one shared expert or for all"
+    raise facts.error(wanted, got=repr(stated), hint="Add a row for the model type.")
+
+
+def _refuse(facts: Facts, refusals: tuple[Refusal, ...], *, spec: str) -> None:
+    for refusal in refusals:
+        value = facts.get((refusal.attribute,)) if refusal.attribute else True
+        if value is not MISSING and value not in refusal.harmless:
+            told = f" ({refusal.attribute}={value!r})" if refusal.attribute else ""
+            raise facts.error(
+                f"a model that {spec} can express", got=f"{refusal.reason}{told}", hint="It needs the model's own code."
+            )
+
+
+def _groups(facts: Facts) -> dict[str, Any]:
+    family = facts.family
+    limited = family.group_if is None or facts.get((family.group_if[0],)) == family.group_if[1]
+    count = facts.get(GROUPS)
+    if not limited or count in (MISSING, None, 1) or (family is not GENERIC and not family.group):
+        return {}
+    if not family.group:
+        raise facts.error("a model type known to say how groups are scored", got=f"n_group={count}", hint="Add a row.")
+    score, fill = family.group.split()
+    kept = facts.number(("topk_group",), what="the number of groups kept")
+    return {"n_group": count, "topk_group": kept, "group_score": score, "group_fill": fill}
+
+
+def routing_spec(facts: Facts) -> RoutingSpec:
+    """The router behind its logits, or `MoEConfigError` naming what `RoutingSpec` cannot express."""
+    family = facts.family
+    _refuse(facts, family.routing, spec="RoutingSpec")
+    renorm = norm_topk_prob(facts)
+    scale = facts.get(family.scale)
+    score = _score(facts)
+    eps = family.eps or (1e-20 if family.score is None and score == "sigmoid" else 0.0)
+    return RoutingSpec(
+        top_k=top_k(facts),
+        score=score,
+        renorm=renorm,
+        eps=eps if renorm else 0.0,
+        scale=1.0 if scale in (MISSING, None) else float(scale),
+        **_groups(facts),
+    )
+
+
+def _formula(facts: Facts) -> str:
+    family = facts.family
+    name = family.act if isinstance(family.act, str) else facts.need(family.act, what="the activation")
+    if name not in _ACTS:
+        raise facts.error(f"an activation of {tuple(_ACTS)}", got=repr(name), hint="Other activations are refused.")
+    act = _ACTS[name]
+    if not family.gated:
+        return "g" if act == IDENTITY else act
+    act = "g" if act == IDENTITY else act
+    limit = _limit(facts)
+    if family.clamp == "oai":
+        alpha = facts.get(("swiglu_alpha",))
+        alpha = 1.702 if alpha in (MISSING, None) else float(alpha)
+        limit = 7.0 if limit is None else limit
+        gate = f"min(g, {limit!r})"
+        return f"(max(min(u, {limit!r}), {-limit!r}) + 1.0) * ({gate} * sigmoid({gate} * {alpha!r}))"
+    if limit is None:
+        return f"{act} * u"
+    up = f"max(min(u, {limit!r}), {-limit!r})"
+    if family.clamp == "after":
+        return f"min({act}, {limit!r}) * {up}"
+    return f"{re.sub(r'(?<![a-z_])g(?![a-z_])', f'min(g, {limit!r})', act)} * {up}"
+
+
+def _limit(facts: Facts) -> float | None:
+    if not facts.family.clamp:
+        return None
+    limit = facts.get((facts.family.limit,))
+    limit = None if limit is MISSING else facts.of_layer(limit, what="the limit of the activation")
+    return float(limit) if limit else None
+
+
+def expert_spec(facts: Facts) -> ExpertSpec:
+    """The MLP of one routed expert, or `MoEConfigError` naming what `ExpertSpec` cannot express."""
+    family = facts.family
+    _refuse(facts, family.experts, spec="ExpertSpec")
+    dtype = facts.get(("dtype", "torch_dtype"))
+    stated = {} if dtype in (MISSING, None) else {"dtype": str(dtype).removeprefix("torch.")}
+    return ExpertSpec(
+        num_experts=num_experts(facts),
+        hidden_size=facts.number(family.hidden, what="the hidden size"),
+        intermediate_size=expert_width(facts),
+        act=_formula(facts),
+        gated=family.gated,
+        bias=family.bias,
+        interleaved=family.interleaved,
+        transposed=family.transposed,
+        **stated,
+    )
