@@ -45,7 +45,7 @@ def route(logits, spec, bias=None, ids=None):
 
 
 def values(kind, shape, seed, dtype=torch.float32):
-    """normal; grid: many ties; equal: nothing but ties; special: with NaN and both infinities."""
+    """normal; grid: many ties; equal: nothing but ties; special: with NaN of both signs and infinities."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "grid":
         return (torch.randint(-4, 5, shape, generator=generator) / 2).to(dtype)
@@ -53,9 +53,9 @@ def values(kind, shape, seed, dtype=torch.float32):
         return torch.full(shape, 0.25, dtype=dtype)
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * 3
     if kind == "special":
-        special = torch.tensor([math.nan, math.inf, -math.inf, 0.0], dtype=torch.float64)
+        special = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, 0.0], dtype=torch.float64)
         choice = torch.randint(0, 16, shape, generator=generator)
-        drawn = torch.where(choice < 4, special[choice.clamp(max=3)], drawn)
+        drawn = torch.where(choice < 5, special[choice.clamp(max=4)], drawn)
     return drawn.to(dtype)
 
 
@@ -314,8 +314,8 @@ def run_kernel(logits, spec, bias=None, ids=None, block=2):
 def test_kernel_in_the_interpreter(case):
     """Selection with and without bias, on normal logits and on ties; given ids; special values."""
     num_experts, spec = KERNEL_CASES[case]
-    bias = values("grid", (num_experts,), 1) / 4
     for seed, kind in enumerate(("normal", "grid", "special")):
+        bias = values("special" if kind == "special" else "grid", (num_experts,), seed) / 4
         logits = values(kind, (5, num_experts), seed)
         ids = given_ids(5, spec.top_k, num_experts, seed, torch.int64 if seed else torch.int32)
         for biased, chosen in ((None, None), (bias, None), (None, ids)):
@@ -425,8 +425,10 @@ def test_one_dynamic_training_graph(name, kind):
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
 
+    options = spec.op_args()
+
     def loss(logits, ids):
-        return route(logits, spec, None, ids)[0].pow(2).sum()
+        return moe_route(logits, None, ids, *options)[0].pow(2).sum()
 
     compiled = torch.compile(loss, backend=counter, fullgraph=True)
     for tokens in (5, 3, 64):
