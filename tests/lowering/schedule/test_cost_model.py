@@ -1,0 +1,96 @@
+"""The cost model is one expression over all its symbols, and moves as time moves on hardware."""
+
+import dataclasses
+import functools
+import math
+
+import pytest
+import sympy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowering.schedule import cost_model
+from lowering.schedule.cost_model import ARGUMENTS, CONSTANTS, gemm_time, predict
+from lowering.schedule.device import H100
+from lowering.schedule.plan import candidates
+from lowering.schedule.schedule import GemmShape, Schedule
+
+# up stages of models: qwen3-30b-a3b, mixtral, gpt-oss, a tiny one
+SHAPES = [
+    GemmShape(128, 2048, 768, True),
+    GemmShape(8, 4096, 14336, True),
+    GemmShape(32, 2880, 2880, False),
+    GemmShape(1, 64, 32, False, 4),
+]
+ROWS = st.integers(1, 1 << 20)
+
+
+@st.composite
+def cases(draw):
+    shape = draw(st.sampled_from(SHAPES))
+    return draw(ROWS), shape, draw(st.sampled_from(candidates(shape, H100)))
+
+
+def seconds(rows, shape, schedule, device=H100):
+    return predict(rows, shape, schedule=schedule, device=device)
+
+
+def test_the_expression_names_every_argument_and_every_constant():
+    constants = set(cost_model._CONSTANT.values())
+    assert gemm_time().free_symbols == set(ARGUMENTS) | constants
+    assert {symbol.name for symbol in constants} == set(CONSTANTS)
+
+
+@functools.cache
+def slow_evaluator():
+    """The expression with its constants as further arguments, in arbitrary precision."""
+    return sympy.lambdify((*ARGUMENTS, *cost_model._CONSTANT.values()), gemm_time(), modules="mpmath")
+
+
+@given(cases())
+def test_prediction_is_the_expression(case):
+    rows, shape, schedule = case
+    sizes = (rows, *dataclasses.astuple(shape)[:3], 2 if shape.gated else 1, shape.element_size)
+    device = (H100.num_sms, H100.bandwidth, H100.matrix_rate, H100.shared_memory)
+    expected = slow_evaluator()(*sizes, *dataclasses.astuple(schedule), *device, *CONSTANTS.values())
+    assert seconds(rows, shape, schedule) == pytest.approx(float(expected), rel=1e-9)
+
+
+@given(cases())
+def test_a_launch_takes_at_least_what_bytes_and_flop_take(case):
+    rows, shape, schedule = case
+    hit = shape.num_experts * -math.expm1(rows * math.log1p(-1 / shape.num_experts)) if shape.num_experts > 1 else 1
+    halves = 2 if shape.gated else 1
+    memory = hit * shape.width * halves * shape.depth * shape.element_size / H100.bandwidth
+    matrix = 2 * rows * shape.width * halves * shape.depth / H100.matrix_rate
+    assert seconds(rows, shape, schedule) >= CONSTANTS["launch"] + max(memory, matrix)
+
+
+@given(cases(), st.sampled_from(["bandwidth", "matrix_rate"]))
+def test_a_faster_device_is_not_slower(case, what):
+    faster = dataclasses.replace(H100, **{what: 2 * getattr(H100, what)})
+    assert seconds(*case, faster) <= seconds(*case) * (1 + 1e-9)
+
+
+@given(cases())
+def test_more_work_takes_longer(case):
+    rows, shape, schedule = case
+    time = seconds(rows, shape, schedule)
+    assert seconds(rows, dataclasses.replace(shape, depth=2 * shape.depth), schedule) > time
+    assert seconds(4 * rows, shape, schedule) >= time * (1 - 1e-9)
+
+
+def test_where_time_goes():
+    """Few rows: the weights of the experts that are hit. Many rows: the matrix units, near their rate."""
+    shape, schedule = SHAPES[0], Schedule(16, 128, 128, 4, 4)
+    streamed = 128 * 2 * 768 * 2048 * 2 / H100.bandwidth
+    assert 1.0 < (seconds(1024, shape, schedule) - CONSTANTS["launch"]) / streamed < 1.6
+    wide, rows = Schedule(128, 128, 64, 8, 4), 1 << 18
+    ideal = 2 * rows * 2 * 768 * 2048 / H100.matrix_rate
+    assert 1.5 < seconds(rows, shape, wide) / ideal < 3.0
+
+
+def test_small_tiles_for_few_rows_and_large_tiles_for_many():
+    shape, small, large = SHAPES[0], Schedule(16, 64, 128, 4, 4), Schedule(128, 128, 64, 8, 4)
+    assert seconds(64, shape, small) < seconds(64, shape, large)
+    assert seconds(1 << 17, shape, small) > seconds(1 << 17, shape, large)
