@@ -1,0 +1,131 @@
+"""`python -m diffulex explain`: builds a model from its configuration and prints what the compiler does with it."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowering.errors import MoEOptionError, MoERangeError
+
+from ..explain import explain
+from .demo import choose_device
+from .progress import progress
+
+# What a model built by name gets where its configuration has such a field.
+_TINY = {
+    "vocab_size": 264,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "first_k_dense_replace": 0,
+    "n_group": 4,
+    "topk_group": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "max_position_embeddings": 1024,
+    "sliding_window": 128,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def add_parser(commands: Any) -> None:
+    """Add `explain` to the commands."""
+    parser = commands.add_parser(
+        "explain",
+        help="what the compiler does with each MoE layer of a model, and why where it does nothing",
+        description="Builds a model with random weights from a configuration, compiles it once and prints "
+        "diffulex.explain's report. Nothing is downloaded.",
+    )
+    option = parser.add_argument
+    option("model", metavar="MODEL", help="a directory with a config.json, or a model type of transformers such as "
+           "qwen3_moe, which is built small")  # fmt: skip
+    option("--tokens", type=int, default=64, metavar="N", help="length of the input (default 64)")
+    option("--layers", type=int, metavar="N", help="build only the first N layers")
+    option("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report of one model."""
+    for option, value in (("--tokens", args.tokens), ("--layers", args.layers)):
+        if value is not None and value < 1:
+            raise MoERangeError.of(option, expected="at least 1", got=str(value), hint="Give a positive number.")
+    device = choose_device(args.device)
+    model = build_model(load_config(args.model, layers=args.layers), device)
+    ids = torch.randint(1, model.config.get_text_config().vocab_size, (1, args.tokens), device=device)
+    with progress("compiling", 1), torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="dynamo_pgo")  # explain compiles without caches, as it should
+        report = explain(model, input_ids=ids, use_cache=False)
+    print(report.to_json() if args.json else report)
+    return 0
+
+
+def load_config(name: str, *, layers: int | None = None) -> Any:
+    """transformers' configuration in a directory, or a small one of a model type; cut to `layers` where given."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    folder = Path(name)
+    if (folder / "config.json").is_file():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    elif name in CONFIG_MAPPING:
+        config = AutoConfig.for_model(name, **_tiny(AutoConfig.for_model(name)))
+    else:
+        raise MoEOptionError.of(
+            "explain",
+            expected="a directory with a config.json, or a model type of transformers",
+            got=repr(name),
+            hint="For example `python -m diffulex explain qwen3_moe`.",
+        )
+    return config if layers is None else _cut(config, layers)
+
+
+def _tiny(config: Any) -> dict[str, Any]:
+    sizes = {key: value for key, value in _TINY.items() if hasattr(config, key)}
+    if "qk_rope_head_dim" in sizes:  # latent attention: positions rotate a part of each head, all heads have keys
+        sizes |= {"head_dim": _TINY["qk_rope_head_dim"], "num_key_value_heads": _TINY["num_attention_heads"]}
+    return sizes
+
+
+def _cut(config: Any, layers: int) -> Any:
+    """The configuration with fewer layers; lists with an entry a layer are cut too."""
+    settings, before = config.to_dict(), config.num_hidden_layers
+    cut = {key: value[:layers] for key, value in settings.items() if isinstance(value, list) and len(value) == before}
+    return type(config)(**{**settings, **cut, "num_hidden_layers": layers})
+
+
+def build_model(config: Any, device: torch.device) -> Any:
+    """A causal LM in eval mode with random weights: bfloat16 on CUDA, float32 on the CPU."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise MoEOptionError.of(
+            "explain",
+            expected="a causal language model",
+            got=f"model type {config.model_type!r}",
+            hint="Call diffulex.explain(model, *inputs) from Python for other models.",
+        )
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -1,0 +1,104 @@
+"""Tasks, continuations and checks, on results that are made up."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffulex.cli import compare, measure
+from diffulex.cli.accuracy import Oracle
+from diffulex.cli.report import Comparison
+from lowering.errors import Reason, ReasonCode
+from lowering.report import Decision
+from tests.support.models import ModelSizes, build_model, token_ids
+
+EXPERTS = "model.layers.0.mlp.experts"
+STAGES = ("moe_route", "moe_dispatch", "moe_expert_up", "moe_expert_down", "moe_combine")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model("qwen3_moe", ModelSizes(vocab=264, layers=1))
+
+
+@pytest.fixture(scope="module")
+def task(model):
+    ids_N = token_ids(model, 1, 200)[0]
+    return compare.make_task(model, ids_N, counts=[0, 3, 128], repeats=4, length=5, prompt="Alice")
+
+
+def result(variant, *, continuation=(1, 2, 3, 4, 5), graphs=2, breaks=(), outputs=None, stages=STAGES):
+    reason = Reason(ReasonCode.NOT_CUDA)
+    layer = {"moe_route": EXPERTS.replace("experts", "gate")}
+    decisions = tuple(Decision("lower", op, layer.get(op, EXPERTS), "the op's own kernel", reason) for op in stages)
+    counts = measure.DynamoCounts(graphs, breaks, graphs - 1)
+    return compare.Result(variant, outputs or {}, list(continuation), counts, 1.0, {3: 1.5}, None, decisions)
+
+
+def comparison(model, task, ours, *, exact=None):
+    eager = result(compare.EAGER, outputs={tokens: [t.float() for t in ts] for tokens, ts in (exact or {}).items()})
+    stock = result(compare.STOCK, outputs=eager.outputs)
+    return Comparison(model, task, (eager, stock, ours), exact or {}, Oracle(model))
+
+
+def problems(model, task, ours, **options):
+    return {check.name: check.problem for check in comparison(model, task, ours, **options).checks() if check.problem}
+
+
+def test_counts_that_the_stock_model_refuses_run_on_a_block(task):
+    empty, some, many = task.cases
+    assert "Error" in empty.refusal and [t.shape for t in empty.inputs] == [(1, 0, 64)]
+    assert not some.refusal and [t.shape for t in some.inputs] == [(1, 3)] * 4
+    assert [t.shape for t in many.inputs] == [(1, 128)] * 2
+
+
+def test_all_variants_run_the_same_task(model, task):
+    eager = compare.run_variant(compare.EAGER, model, task=task)
+    assert [t.shape for t in eager.outputs[0]] == [(1, 0, 64)] and [t.shape for t in eager.outputs[3]] == [
+        (1, 3, 264)
+    ] * 4
+    assert len(eager.continuation) == 5 and eager.counts.graphs == 0 and eager.kernels is None
+    assert eager.milliseconds.keys() == {3, 128} and eager.decisions == ()
+    exact = compare.run_oracle(Oracle(model), task)
+    ratios = compare.accuracy(eager, eager, oracle=exact)
+    assert str(ratios[0]) == "empty" and not any(ratio.problem for ratio in ratios.values())
+    assert ratios[3].mean == pytest.approx(1, abs=0.01)
+
+
+def test_continuation_takes_the_most_likely_token_of_the_growing_text():
+    def count_up(input_ids, use_cache):
+        assert not use_cache
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(input_ids + 1, 50).float())
+
+    assert compare.continue_greedily(count_up, torch.tensor([[3, 7]]), length=4) == [8, 9, 10, 11]
+
+
+def test_everything_holds(model, task):
+    assert problems(model, task, result(compare.OURS)) == {}
+
+
+def test_every_broken_promise_is_a_failed_check(model, task):
+    breaks = (("call to print", 2),)
+    ours = result(compare.OURS, graphs=4, breaks=breaks, stages=STAGES[:2])
+    found = problems(model, task, ours)
+    assert found.keys() == {"every MoE layer captured", "no graph breaks", "at most 3 graphs"}
+    assert EXPERTS in found["every MoE layer captured"] and "call to print" in found["no graph breaks"]
+
+
+def test_a_wrong_output_is_a_failed_check(model, task):
+    exact = {3: [torch.randn(1, 3, 264, dtype=torch.float64)]}
+    ours = result(compare.OURS, outputs={3: [exact[3][0].float() + 1e-3]})
+    assert "3 tokens: mean error" in problems(model, task, ours, exact=exact)["fp64 ratio rule at every token count"]
+
+
+def test_another_continuation_is_a_failed_check_unless_it_is_a_tie(model, task):
+    with torch.no_grad():
+        best = compare.logits(model, task.prompt)[0, -1].argsort(descending=True).tolist()
+    eager = result(compare.EAGER, continuation=(best[0], 0, 0, 0, 0))
+    ours = result(compare.OURS, continuation=(best[-1], 0, 0, 0, 0))
+    other = Comparison(model, task, (eager, eager, ours), {}, Oracle(model))
+    assert other.continuation(ours) == ("differs at byte 1", False)
+    assert any(check.problem == "differs at byte 1" for check in other.checks())
+    model.lm_head.weight.data[best[-1]] = model.lm_head.weight.data[best[0]]
+    tied = Comparison(model, task, (eager, eager, ours), {}, Oracle(model))
+    assert tied.continuation(ours) == ("tie at byte 1", True)
