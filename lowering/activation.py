@@ -23,6 +23,7 @@ from .errors import MoEOptionError
 IDENTITY = "identity"
 MAX_FORMULA_LENGTH = 4000
 MAX_FORMULA_DEPTH = 100
+MAX_KERNEL_TERMS = 2000
 
 ALIASES = {
     "swiglu": "silu(g) * u",
@@ -153,6 +154,18 @@ def _check(node: ast.expr, act: str, depth: int = 0) -> float | None:
     return value
 
 
+def _kernel_terms(node: ast.expr) -> int:
+    """Names and numbers in the Triton text of a checked tree; templates repeat arguments, so nesting multiplies them."""
+    match node:
+        case ast.Call(func=ast.Name(id=name), args=args):
+            return sum(FUNCTIONS[name][1].count(f"{{{i}}}") * _kernel_terms(arg) for i, arg in enumerate(args))
+        case ast.BinOp(left=left, right=right):
+            return _kernel_terms(left) + _kernel_terms(right)
+        case ast.UnaryOp(operand=operand):
+            return _kernel_terms(operand)
+    return 1
+
+
 @functools.lru_cache(maxsize=512)
 def _parse(act: str) -> ast.expr:
     text = ALIASES.get(act, act)
@@ -165,7 +178,7 @@ def _parse(act: str) -> ast.expr:
         raise
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError) as error:
         raise _unknown(act) from error
-    if value is not None:
+    if value is not None or _kernel_terms(node) > MAX_KERNEL_TERMS:
         raise _unknown(act)
     return node
 
