@@ -13,12 +13,14 @@ from lowering.activation import (
     ALIASES,
     FUNCTIONS,
     IDENTITY,
+    MAX_FORMULA_DEPTH,
     MAX_FORMULA_LENGTH,
     canonical,
     derivative,
     evaluate,
     intermediate_size,
     is_gated,
+    simplify,
     split_gate,
     to_triton,
 )
@@ -36,6 +38,7 @@ FORMULAS = [
     "ge(g, u) * g + (1 - ge(g, u)) * erf(u)",
     "sqrt(1.0 + square(g)) * tanh(u)",
     "g / u",
+    "g / (1.0 + square(g))",
     "-(-g) - -2.5",
     "u",
     "1 - g",
@@ -336,6 +339,40 @@ def test_refused(act):
             use()
 
 
+def nested(name, depth):
+    return f"{name}(" * depth + "g" + ")" * depth
+
+
+def test_the_depth_is_bounded_and_reached_from_a_deep_stack():
+    """Not by Python's recursion limit, which depends on who calls."""
+    with pytest.raises(MoEOptionError):
+        canonical(nested("tanh", MAX_FORMULA_DEPTH + 1))
+    gate, up = samples(count=1)
+
+    def use(frames):
+        if frames:
+            return use(frames - 1)
+        act = canonical(nested("tanh", MAX_FORMULA_DEPTH))
+        return evaluate(act, gate, up), derivative(act, "g", gate, up), to_triton(act, gate="g", up="u")
+
+    value, slope, text = use(200)
+    assert value.shape == slope.shape == gate.shape
+    assert text.count("tl.sigmoid") == MAX_FORMULA_DEPTH
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_kernel_text_cannot_explode(name):
+    """silu(silu(...)) repeats its argument at every level: 100 levels would be 2^100 terms."""
+    act, longest = "g", 0
+    for _ in range(MAX_FORMULA_DEPTH):
+        act = f"{name}({act})" if FUNCTIONS[name][2] == 1 else f"{name}({act}, u)"
+        try:
+            longest = max(longest, len(to_triton(act, gate="g", up="u")))
+        except MoEOptionError:
+            break
+    assert 0 < longest < 200_000
+
+
 def test_refusal_does_not_repeat_a_huge_text():
     with pytest.raises(MoEOptionError) as caught:
         canonical("x" * 100_000)
@@ -366,6 +403,39 @@ def test_formulas_are_accepted_and_spelled_one_way(act):
     assert canonical(text) == text
     gate, up = samples(count=2)
     assert torch.equal(evaluate(text, gate, up).nan_to_num(), evaluate(act, gate, up).nan_to_num())
+
+
+SPELLED_OUT = {
+    "g / (1 + exp(-g))": "silu(g)",
+    "g / (exp(-g) + 1.0) * u": "silu(g) * u",
+    "u * (g / (1 + exp(-g)))": "u * silu(g)",
+    "g * (1 / (1 + exp(-g)))": "g * (1 * sigmoid(g))",
+    "g * sigmoid(g * 1.702)": "g * sigmoid(g * 1.702)",
+    "g / (1 + exp(-(g * 2)))": "g * sigmoid(g * 2)",
+    "g / (1 + exp(g))": "g / (1 + exp(g))",
+    "g / (2 + exp(-g))": "g / (2 + exp(-g))",
+    "g / (1 - exp(-g))": "g / (1 - exp(-g))",
+    "identity": "identity",
+}
+
+
+@pytest.mark.parametrize(("act", "wanted"), SPELLED_OUT.items())
+def test_simplify_puts_sigmoid_and_silu_together(act, wanted):
+    assert simplify(act) == canonical(wanted)
+
+
+@given(formulas, st.integers(0, 1000))
+def test_simplify_keeps_the_value(act, seed):
+    gate, up = samples(seed, count=8)
+    for spelled in (act, f"({act}) / (1.0 + exp(-({act})))", f"sigmoid(u) * ({act}) * sigmoid({act})"):
+        try:
+            wanted = evaluate(spelled, gate, up)
+        except MoEOptionError:
+            continue  # too deep or too long
+        found = evaluate(simplify(spelled), gate, up)
+        assert simplify(simplify(spelled)) == simplify(spelled)
+        usable = torch.isfinite(wanted) & (wanted.abs() < 1e9)
+        torch.testing.assert_close(found[usable], wanted[usable], rtol=1e-9, atol=1e-9)
 
 
 def test_canonical_spelling():
