@@ -155,7 +155,7 @@ def _check(node: ast.expr, act: str, depth: int = 0) -> float | None:
 
 
 def _kernel_terms(node: ast.expr) -> int:
-    """Names and numbers in the Triton text of a checked tree; templates repeat arguments, so nesting multiplies them."""
+    """Names and numbers in the Triton text of a checked tree; templates repeat arguments, so nesting multiplies."""
     match node:
         case ast.Call(func=ast.Name(id=name), args=args):
             return sum(FUNCTIONS[name][1].count(f"{{{i}}}") * _kernel_terms(arg) for i, arg in enumerate(args))
