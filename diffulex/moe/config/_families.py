@@ -151,6 +151,7 @@ FAMILIES: dict[str, Family] = {
         count=("ffn_config.moe_num_experts",),
         top_k=("ffn_config.moe_top_k",),
         width=("ffn_config.ffn_hidden_size",),
+        hidden=("ffn_config.hidden_size", *HIDDEN),
         placement="all",
         score="softmax",
         norm=("ffn_config.moe_normalize_expert_weights",),
