@@ -55,10 +55,14 @@ def _region(dispatch: Node) -> MoERegion | None:
         layer=layer_of(dispatch),
         experts=experts,
         routing=_routing(dispatch),
-        tokens=tokens.node.expr if isinstance(tokens, torch.SymInt) else sympy.Integer(tokens),
+        tokens=_expression(tokens),
         top_k=int(top_k),
         neighbours=_neighbours(down),
     )
+
+
+def _expression(size: Any) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 def _routing(dispatch: Node) -> RoutingSpec | None:
@@ -67,6 +71,12 @@ def _routing(dispatch: Node) -> RoutingSpec | None:
         return None
     given = arguments(ids.args[0])
     return RoutingSpec(**{field.name: given[field.name] for field in dataclasses.fields(RoutingSpec)})
+
+
+def _short_name(node: Node) -> str:
+    """`add` of `aten.add.Tensor`."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", packet))
 
 
 def _neighbours(down: Node) -> tuple[str, ...]:
@@ -78,7 +88,5 @@ def _neighbours(down: Node) -> tuple[str, ...]:
             if is_op(user, *VIEWS) or cast_source(user) is not None:
                 waiting.append(user)
             elif user.op == "call_function":
-                found[getattr(user.target, "_opname", None) or getattr(user.target, "__name__", str(user.target))] = (
-                    None
-                )
+                found[_short_name(user)] = None
     return tuple(found)
