@@ -1,0 +1,171 @@
+"""The second host of the templates: hooks, launches, and kernels compiled for sm_90 without one."""
+
+import ast
+
+import jinja2
+import pytest
+import torch
+
+from lowering.ops.moe_dispatch import dispatch_constants, dispatch_schedule
+from lowering.schedule.device import H100
+from lowering.schedule.plan import plan
+from lowering.schedule.schedule import GemmShape, Schedule
+from lowering.templates import standalone
+from lowering.templates.eager import gemm_constants
+from lowering.templates.render import ExpertGemmVariant, GradWeightVariant, template_text
+from tests.support.launches import compile_for_h100, interpret, on_meta
+
+SCALED = """{{def_kernel("X")}}
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < {{size("X", 1)}}
+    value = tl.load(X + row * {{stride("X", 0)}} + column * {{stride("X", 1)}}, mask=inside) * FACTOR
+    {{store_output(("row", "column"), "value", "inside")}}
+"""
+CONSTANTS = {"BLOCK": 8, "FACTOR": 2.0}
+
+
+def rendered(text=SCALED, constants=None, rank=2):
+    return standalone.render(text, "moe_x", constants=tuple((constants or CONSTANTS).items()), output_rank=rank)
+
+
+def launch(x, out, **changes):
+    options = {"name": "moe_x", "constants": CONSTANTS, "grid": (len(x),), "num_warps": 1, "num_stages": 1} | changes
+    standalone.launch(SCALED, {"X": x, "OUT": out}, **options)
+
+
+def test_sizes_and_strides_are_arguments_in_the_order_they_are_named():
+    kernel = rendered()
+    (function,) = (n for n in ast.parse(kernel.source).body if isinstance(n, ast.FunctionDef))
+    names = [argument.arg for argument in function.args.args]
+    assert (kernel.name, function.name) == ("_moe_x_kernel", "_moe_x_kernel")
+    assert names == ["X", "OUT", "size_X_1", "stride_X_0", "stride_X_1", "stride_OUT_0", "stride_OUT_1"]
+    x, out = torch.zeros(3, 5), torch.zeros(5, 3).t()
+    assert kernel.arguments({"X": x, "OUT": out})[2:] == [5, 5, 1, 1, 3]
+    assert "BLOCK: tl.constexpr = 8" in kernel.source
+
+
+def test_kernels_are_kept_by_text_and_constants():
+    assert rendered() is rendered()
+    assert rendered(constants={"BLOCK": 16, "FACTOR": 2.0}).source != rendered().source
+
+
+@pytest.mark.parametrize("text", ["{{def_kernel('X')}}\n    {{other('X')}}", "{{def_kernel('X')}}\n    {{WIDTH}}"])
+def test_a_hook_or_constant_that_is_not_there(text):
+    with pytest.raises(jinja2.UndefinedError):
+        rendered(text)
+
+
+def test_a_tensor_that_is_not_there():
+    with pytest.raises(KeyError, match="X"):
+        rendered().arguments({"OUT": torch.zeros(1, 1)})
+
+
+def test_a_launch_reads_strides_and_writes_the_output(monkeypatch):
+    interpret(monkeypatch)
+    x = torch.arange(30.0).reshape(6, 5)[::2].t()
+    out = torch.full((3, 5), torch.nan).t()
+    launch(x, out)
+    assert torch.equal(out, 2 * x)
+
+
+def test_the_output_has_its_own_dtype(monkeypatch):
+    interpret(monkeypatch)
+    out = torch.zeros(2, 3, dtype=torch.float16)
+    launch(torch.full((2, 3), 1.25), out)
+    assert torch.equal(out, torch.full((2, 3), 2.5, dtype=torch.float16))
+
+
+def test_an_empty_grid_launches_nothing(monkeypatch):
+    monkeypatch.setattr(standalone, "_jit_function", lambda kernel: pytest.fail("launched"))
+    launch(torch.zeros(0, 3), torch.zeros(0, 3))
+    launch(torch.zeros(2, 0), torch.zeros(2, 0), grid=(2, 0))
+
+
+def test_the_source_of_a_kernel_lies_in_a_private_folder():
+    function = standalone._jit_function(rendered())
+    path = standalone._source_folder()
+    assert path.stat().st_mode & 0o077 == 0
+    assert [file.read_text() for file in path.glob("_moe_x_kernel_*.py")] == [rendered().source]
+    assert function.__name__ == "_moe_x_kernel"
+
+
+# Compiled for sm_90
+
+UP, DOWN = GemmShape(128, 2048, 768, True), GemmShape(128, 768, 2048, False)
+
+
+def compiled_gemm(shape, schedule, *, dtype=torch.bfloat16, bias=False, rows=4096):
+    gather = shape.gated
+    variant = ExpertGemmVariant(gather, not gather, bias, act="silu(g) * u" if gather else "identity")
+    weight_rows = shape.width * (2 if gather else 1)
+    tensors = {
+        "A": on_meta(rows // 8 if gather else rows, shape.depth, dtype=dtype),
+        "W": on_meta(shape.num_experts, weight_rows, shape.depth, dtype=dtype),
+        "ORDER": on_meta(rows, dtype=torch.int32),
+        "OFFSETS": on_meta(shape.num_experts + 1, dtype=torch.int32),
+        "OUT": on_meta(rows, shape.width, dtype=dtype),
+    }
+    if bias:
+        tensors["BIAS"] = on_meta(shape.num_experts, weight_rows, dtype=dtype)
+    constants = gemm_constants(shape.num_experts, 8 if gather else 1, width=shape.width, schedule=schedule)
+    return compile_for_h100(
+        variant.source(),
+        tensors,
+        constants={**constants, "INDEX_DTYPE": "tl.int32"},
+        num_warps=schedule.num_warps,
+        num_stages=schedule.num_stages,
+    )
+
+
+@pytest.mark.parametrize("shape", [UP, DOWN], ids=["up", "down"])
+def test_planned_expert_gemms_compile_without_spills(shape):
+    """Every schedule the plan has for this model on an H100; from 64 rows on the matrix units are fed by wgmma."""
+    index = (UP, DOWN).index(shape)
+    for schedule in {found.schedules[index] for found in plan((UP, DOWN), H100)}:
+        kernel, facts = compiled_gemm(shape, schedule)
+        assert 0 < facts["registers"] <= 255
+        assert facts["spilled"] == 0, (schedule, facts)
+        assert kernel.metadata.shared <= H100.shared_memory
+        ptx = kernel.asm["ptx"]
+        assert ("wgmma.mma_async" in ptx) == (schedule.block_m >= 64), schedule
+        assert "mma" in ptx
+        assert "cp.async" in ptx, "loads are not pipelined"
+
+
+def test_shared_memory_is_what_the_schedule_says():
+    schedule = Schedule(64, 128, 64, 4, 3)
+    kernel, _ = compiled_gemm(UP, schedule)
+    assert kernel.metadata.shared == pytest.approx(schedule.shared_memory(gated=True, element_size=2), rel=0.02)
+
+
+def test_fp32_and_biases_compile():
+    kernel, facts = compiled_gemm(UP, Schedule(16, 32, 64, 4, 3), dtype=torch.float32, bias=True)
+    assert facts["spilled"] == 0
+    assert kernel.metadata.shared <= H100.shared_memory
+
+
+def test_the_other_templates_compile():
+    grad = GradWeightVariant(left_index=False, right_index=True)
+    tensors = {
+        "LEFT": on_meta(4096, 1536),
+        "RIGHT": on_meta(512, 2048),
+        "RIGHT_INDEX": on_meta(4096, dtype=torch.int32),
+        "OFFSETS": on_meta(129, dtype=torch.int32),
+        "OUT": on_meta(128, 1536, 2048),
+    }
+    constants = {"BLOCK_L": 128, "BLOCK_R": 128, "BLOCK_K": 32, "INDEX_DTYPE": "tl.int32"}
+    kernel, facts = compile_for_h100(grad.source(), tensors, constants=constants, num_warps=8, num_stages=3)
+    assert "wgmma.mma_async" in kernel.asm["ptx"]
+    assert facts["spilled"] == 0
+    schedule, num_warps = dispatch_schedule(4096)
+    integers = {name: on_meta(4096, dtype=torch.int32) for name in ("ORDER", "TOKEN")}
+    kernel, facts = compile_for_h100(
+        template_text("moe_dispatch"),
+        {"IDS": on_meta(512, 8, dtype=torch.int32), **integers, "OUT": on_meta(129, dtype=torch.int32)},
+        constants=dispatch_constants(128, 8) | schedule,
+        num_warps=num_warps,
+        num_stages=1,
+    )
+    assert facts["spilled"] == 0
+    assert "atom" not in kernel.asm["ptx"]
