@@ -266,6 +266,21 @@ REFUSED: dict[str, tuple[Spine, ReasonCode, str]] = {
         _STRUCTURE,
         "rows are gathered by aten.remainder",
     ),
+    "rows_by_clamp": (
+        changed(gather=lambda self, hidden: hidden[self.perm.clamp(max=T - 1)]),
+        _STRUCTURE,
+        "rows are gathered by aten.clamp",
+    ),
+    "rows_and_columns": (
+        changed(gather=lambda self, hidden: hidden[(self.perm // K).unsqueeze(1), torch.arange(H)]),
+        _STRUCTURE,
+        "indexes more than rows",
+    ),
+    "columns": (
+        changed(gather=lambda self, hidden: hidden.repeat_interleave(K, 0)[:, self.perm]),
+        _STRUCTURE,
+        "indexes more than rows",
+    ),
     "rows_of_more_tokens": (
         changed(gather=lambda self, hidden: torch.cat((hidden, hidden))[self.perm // K]),
         _SHAPE,

@@ -87,27 +87,39 @@ def test_a_sum_that_stays_wider_than_the_gemms_is_left_alone():
     assert_oracle_ratio(module(*inputs)[1], before[1], exact)
 
 
+def _add_bias(up, down):
+    up.kwargs = {"bias": up.args[1]}
+
+
+def _widen(up, down):
+    up.meta["val"] = up.meta["val"].float()
+
+
+def _drop_offsets(up, down):
+    up.args = up.args[:2]
+
+
+def _flatten_weight(up, down):
+    down.args[1].meta["val"] = down.args[1].meta["val"][0]
+
+
 @pytest.mark.parametrize(
-    ("options", "detail"),
+    ("change", "detail"),
     [
-        ({"bias": 0}, "bias of its own"),
-        ({"out_dtype": torch.float32}, "over the dtypes"),
-        ({"offs": None}, "from None"),
+        (_add_bias, "bias of its own"),
+        (_widen, "a grouped GEMM over the dtypes"),
+        (_drop_offsets, "from None"),
+        (_flatten_weight, "ranks (2, 2)"),
     ],
-    ids=["bias", "out_dtype", "no_offsets"],
 )
-def test_options_of_the_grouped_gemm(options, detail):
+def test_options_of_the_grouped_gemm(change, detail):
     """Changed by hand, as no CPU kernel takes them: only the graph is looked at."""
     spine = spines.changed(
         mm=lambda self, rows, weight, offsets: torch._grouped_mm(rows, weight, offsets),
         result=lambda self, total: total.bfloat16(),
     )
     module = trace(spine, *spines.make_inputs(torch.bfloat16))
-    up, _ = gemms(module.graph)
-    rows, weight, _ = up.args
-    up.args, up.kwargs = (rows, weight), {"offs": up.args[2], **options}
-    if "out_dtype" in options:
-        up.meta["val"] = up.meta["val"].float()
+    change(*gemms(module.graph))
     records = []
     spine_pass(module.graph, record=records.append)
     assert detail in records[0].reason.detail
