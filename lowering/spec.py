@@ -77,7 +77,9 @@ class RoutingSpec:
 
     def op_args(self) -> tuple[int, str, int, int, str, str, bool, float, float]:
         """The scalar arguments of `diffulex::moe_route`, in schema order."""
-        return dataclasses.astuple(self)  # type: ignore[return-value]
+        # not `dataclasses.astuple`: it copies deeply, and Dynamo breaks the graph there in torch 2.11
+        choice = (self.top_k, self.score, self.n_group, self.topk_group, self.group_score, self.group_fill)
+        return (*choice, self.renorm, self.eps, self.scale)
 
 
 @dataclasses.dataclass(frozen=True)
