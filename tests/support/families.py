@@ -243,22 +243,27 @@ def _parameter(module: nn.Module, name: str, dim: int) -> torch.Tensor | None:
     return value if value is not None and value.dim() == dim else None
 
 
+def _sizes(up: torch.Tensor | None, down: torch.Tensor) -> Block:
+    """The block of weights [E, J, H] and [E, H, I], or of both transposed."""
+    assert up is not None
+    factor = up[0].numel() // down[0].numel()
+    straight = (up.shape[1], up.shape[2]) == (factor * down.shape[2], down.shape[1])
+    return Block(down.shape[0], down.shape[2] if straight else down.shape[1], not straight)
+
+
 def _bank(path: str, module: nn.Module) -> Block | None:
     """A bank of experts in any of the forms transformers has."""
     down = _parameter(module, "down_proj", 3)
     if down is not None:
         up = _parameter(module, "gate_up_proj", 3)
-        up = _parameter(module, "up_proj", 3) if up is None else up
-        assert up is not None
-        factor = up[0].numel() // down[0].numel()
-        straight = (up.shape[1], up.shape[2]) == (factor * down.shape[2], down.shape[1])
-        return Block(down.shape[0], down.shape[2] if straight else down.shape[1], not straight)
+        return _sizes(_parameter(module, "up_proj", 3) if up is None else up, down)
+    for names in (("input_linear", "output_linear"), ("fc1", "fc2")):  # JetMoe, Aria before transformers 5.23
+        parts = [getattr(getattr(module, name, None), "weight", None) for name in names]
+        if all(part is not None and part.dim() == 3 for part in parts):
+            return _sizes(*parts)
     flat = _parameter(module, "w1", 2)
     if flat is not None and hasattr(module, "moe_num_experts"):  # DBRX
         return Block(module.moe_num_experts, flat.shape[0] // module.moe_num_experts)
-    out = getattr(module, "output_linear", None)
-    if out is not None and out.weight.dim() == 3:  # JetMoe
-        return Block(out.weight.shape[0], out.weight.shape[2])
     if isinstance(getattr(module, "down_embed", None), nn.Embedding):  # Doge
         return Block(module.down_embed.num_embeddings, 1)
     if path.endswith("experts") and isinstance(module, nn.ModuleList | nn.ModuleDict):

@@ -95,7 +95,11 @@ class Facts:
         return value
 
     def number(self, names: Sequence[str], *, what: str) -> int:
-        """A whole number; of a list, the entry of the layer."""
+        """A whole number; of a list, the entry of the layer. Names that disagree are no answer, but rows rank names."""
+        stated = {name: peek(self.sources[-1], name) for name in names if self.family is GENERIC}
+        stated = {name: value for name, value in stated.items() if value is not MISSING and value is not None}
+        if any(value != next(iter(stated.values())) for value in stated.values()):
+            raise self.error(f"one value for {what}", got=str(stated), hint="Remove all but one of them.")
         value = self.of_layer(self.need(names, what=what), what=what)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise self.error(f"a whole number of {what} in {', '.join(names)}", got=repr(value), hint="Correct it.")

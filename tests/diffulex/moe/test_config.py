@@ -163,15 +163,16 @@ def test_diffusion_gemma_from_the_top() -> None:
 # -- wrappers
 
 
+def wraps_family(kind: Any) -> bool:
+    """Whether a config class has a family of the table among its parts, or parts of its parts."""
+    subs = (getattr(kind, "sub_configs", None) or {}).values()
+    return any(getattr(sub, "model_type", "") in FAMILIES or wraps_family(sub) for sub in subs)
+
+
 def wrapper_classes() -> dict[str, Any]:
     """Configs of transformers that wrap one of the families."""
-    found = {}
-    for case in CASES.values():
-        for name, kind in vars(family_module(case, "configuration")).items():
-            subs = getattr(kind, "sub_configs", None) if inspect.isclass(kind) else None
-            if subs and any(getattr(sub, "model_type", "") in FAMILIES for sub in subs.values()):
-                found[name] = kind
-    return found
+    kinds = [item for case in CASES.values() for item in vars(family_module(case, "configuration")).items()]
+    return {name: kind for name, kind in kinds if inspect.isclass(kind) and wraps_family(kind)}
 
 
 WRAPPERS = wrapper_classes()
@@ -380,6 +381,7 @@ UNKNOWN = {"num_experts": 16, "num_experts_per_tok": 4, "num_hidden_layers": 2}
         (is_moe_layer, {**UNKNOWN, "mlp_layer_types": ["dense", "odd"]}, ["mlp_layer_types"]),
         (is_moe_layer, {**UNKNOWN, "mlp_layer_types": ["dense"]}, ["mlp_layer_types"]),
         (is_moe_layer, {**SDAR, "decoder_sparse_step": 0}, ["decoder_sparse_step"]),
+        (get_num_experts, {"num_experts": 8, "n_routed_experts": 16}, ["num_experts", "n_routed_experts", "16"]),
         (get_num_experts, {"num_experts": "many"}, ["num_experts", "'many'"]),
         (get_num_experts, {"model_type": "dots1", "n_routed_experts": None}, ["n_routed_experts", "None"]),
     ],

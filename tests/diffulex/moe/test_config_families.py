@@ -38,7 +38,7 @@ CASES = [
     for placement in ({}, *case.placements)
 ]
 # Families whose modules keep no `top_k`: the number is written into their forward, or read from the config there.
-TOP_K_IN_CODE = {"nllb-moe": 2, "switch_transformers": 1, "vitpose_backbone": 1, "gemma4_text": 2}
+TOP_K_IN_CODE = {"aria_text": 2, "nllb-moe": 2, "switch_transformers": 1, "vitpose_backbone": 1, "gemma4_text": 2}
 TOP_K_IN_CODE["diffusion_gemma_text"] = 2
 
 
