@@ -37,7 +37,7 @@ class OfflineKernel:
     """One generated Triton kernel: its name in the wrapper and the text of the module that defines it."""
 
     name: str
-    source: str
+    source: str = dataclasses.field(repr=False)
 
     @property
     def function(self) -> str:
@@ -54,7 +54,7 @@ class OfflineCode:
     the wrapper's `call` comes from, as Python expressions over `target` (the module or function), `args` and `kwargs`.
     """
 
-    wrapper_source: str
+    wrapper_source: str = dataclasses.field(repr=False)
     kernels: tuple[OfflineKernel, ...]
     calls: tuple[str, ...]
     extern_calls: tuple[str, ...]
