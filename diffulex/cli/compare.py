@@ -19,9 +19,10 @@ from . import measure, text
 from .accuracy import ErrorRatio, Oracle, error_ratio
 from .model import moe_block
 from .progress import progress
+from .routing import reference
 
 KERNEL_TOKENS = 64
-_TOTAL_TOKENS = 256  # errors of short inputs are averaged over several
+_MOST_INPUTS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +78,14 @@ class Result:
     decisions: tuple[Decision, ...]
 
 
-def make_task(model: Any, ids_N: Tensor, *, counts: Sequence[int], repeats: int, length: int, prompt: str) -> Task:
-    """Inputs of every token count from the text's ids [N] int64; counts the stock model refuses go to one MoE block."""
+def make_task(model: Any, ids_N: Tensor, *, counts: Sequence[int], compared: int, length: int, prompt: str) -> Task:
+    """Inputs of every token count from the text's ids [N] int64; counts the stock model refuses go to one MoE block.
+
+    compared: tokens that errors are averaged over, as several inputs where the count is smaller.
+    """
     cases = []
     for tokens in counts:
-        many = max(1, min(repeats, _TOTAL_TOKENS // max(tokens, 1)))
+        many = max(1, min(_MOST_INPUTS, compared // max(tokens, 1)))
         inputs = tuple(ids.to(model.device) for ids in text.stretches(ids_N, count=many, length=tokens))
         refusal = _refusal(model, inputs[0])
         if refusal:
@@ -109,15 +113,32 @@ def _refusal(model: Any, ids: Tensor) -> str:
     return refusal
 
 
-def run_oracle(oracle: Oracle, task: Task) -> dict[int, list[Tensor]]:
-    """Outputs of each case in float64: logits [1, T, V] or hidden states [1, T, H]."""
-    outputs: dict[int, list[Tensor]] = {}
-    model, block = oracle.model, moe_block(oracle.model)
-    with progress("fp64 oracle", len(task.cases)) as bar:
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Float64 outputs of one case, logits [1, T, V] or hidden states [1, T, H], and per input the tokens [T], bool,
+    that are compared.
+    """
+
+    outputs: tuple[Tensor, ...]
+    compared: tuple[Tensor, ...]
+
+
+def run_oracle(oracle: Oracle, model: Any, *, task: Task) -> dict[int, Reference]:
+    """The reference of each case, by token count."""
+    found: dict[int, Reference] = {}
+    with disabled(), progress("fp64 oracle", len(task.cases)) as bar:
         for case in task.cases:
-            outputs[case.tokens] = [oracle(_step(case, model, block), inputs) for inputs in case.inputs]
             bar.advance(note=f"{case.tokens} tokens")
-    return outputs
+            pair = (moe_block(model), moe_block(oracle.model)) if case.refusal else (model, oracle.model)
+            pairs = [_reference(case, inputs, pair, oracle) for inputs in case.inputs]
+            found[case.tokens] = Reference(tuple(out for out, _ in pairs), tuple(clear for _, clear in pairs))
+    return found
+
+
+def _reference(case: Case, inputs: Tensor, pair: tuple[Any, Any], oracle: Oracle) -> tuple[Tensor, Tensor]:
+    return reference(
+        lambda module, given: _step(case, module, module)(given), inputs, module=pair[0], exact=pair[1], oracle=oracle
+    )
 
 
 def _step(case: Case, model: Any, block: Any) -> Callable[[Tensor], Tensor]:
@@ -180,12 +201,17 @@ def continue_greedily(run: Any, prompt: Tensor, *, length: int) -> list[int]:
     return [int(number) for number in ids[0, prompt.shape[1] :].tolist()]
 
 
-def accuracy(result: Result, eager: Result, *, oracle: dict[int, list[Tensor]]) -> dict[int, ErrorRatio]:
-    """The ratio rule for every token count; oracle: outputs [1, T, V] or [1, T, H] in float64."""
-    return {
-        tokens: error_ratio(outputs, eager.outputs[tokens], oracle=oracle[tokens])
-        for tokens, outputs in result.outputs.items()
-    }
+def accuracy(result: Result, eager: Result, *, references: dict[int, Reference]) -> dict[int, ErrorRatio]:
+    """The ratio rule for every token count, over the tokens that are compared."""
+    ratios = {}
+    for tokens, outputs in result.outputs.items():
+        known = references[tokens]
+        ours, stock, exact = (
+            [output[:, clear] for output, clear in zip(found, known.compared, strict=True)]
+            for found in (outputs, eager.outputs[tokens], known.outputs)
+        )
+        ratios[tokens] = error_ratio(ours, stock, oracle=exact)
+    return ratios
 
 
 def first_difference(result: Result, eager: Result) -> int | None:

@@ -71,12 +71,12 @@ def milliseconds(call: Callable[[], Any]) -> float:
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def device_kernels(call: Callable[[], Any]) -> int:
-    """Kernels that one call launches on the CUDA device, counted by torch.profiler; copies and fills do not count."""
+    """Kernels, copies and fills that one call puts on the CUDA device, counted by torch.profiler."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -86,5 +86,5 @@ def device_kernels(call: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
         _synchronize()
-    names = [event.name for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
-    return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+    events = [event for event in profiler.events() or () if event.device_type == DeviceType.CUDA]
+    return sum(not getattr(event, "is_user_annotation", False) for event in events)

@@ -17,8 +17,7 @@ class Preset:
     """Shapes of a model and how to train it.
 
     layers: when --layers is not given. width: of one expert. init: standard deviation of the first weights (small
-    models need larger ones). rows, length: a training batch. repeats: most inputs per token count that errors are
-    averaged over.
+    models need larger ones). rows, length: a training batch. compared: tokens that float32 errors are averaged over.
     """
 
     layers: int
@@ -33,7 +32,7 @@ class Preset:
     learning_rate: float
     rows: int
     length: int
-    repeats: int
+    compared: int
 
 
 PRESETS = {
@@ -50,7 +49,7 @@ PRESETS = {
         learning_rate=3e-3,
         rows=4,
         length=64,
-        repeats=16,
+        compared=256,
     ),
     "qwen3-30b-a3b": Preset(
         layers=1,
@@ -65,7 +64,7 @@ PRESETS = {
         learning_rate=5e-4,
         rows=8,
         length=128,
-        repeats=4,
+        compared=32,
     ),
 }
 

@@ -6,8 +6,6 @@ import dataclasses
 import functools
 from typing import Any
 
-from torch import Tensor
-
 from ..explain import LayerReport, Report, layer_reports
 from . import compare, text
 from .accuracy import ErrorRatio, Oracle
@@ -31,15 +29,12 @@ def describe_model(model: Any, preset: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The results of stock eager, stock compiled and diffulex, in this order, and the oracle they are measured by.
-
-    exact: float64 outputs of each case, logits [1, T, V] or hidden states [1, T, H].
-    """
+    """The results of stock eager, stock compiled and diffulex, in this order, and the oracle they are measured by."""
 
     model: Any
     task: Task
     results: tuple[Result, Result, Result]
-    exact: dict[int, list[Tensor]]
+    references: dict[int, compare.Reference]
     oracle: Oracle
 
     @property
@@ -52,8 +47,8 @@ class Comparison:
         """Error ratios by token count, of stock compiled and of diffulex."""
         eager, stock, ours = self.results
         return (
-            compare.accuracy(stock, eager, oracle=self.exact),
-            compare.accuracy(ours, eager, oracle=self.exact),
+            compare.accuracy(stock, eager, references=self.references),
+            compare.accuracy(ours, eager, references=self.references),
         )
 
     @functools.cached_property
@@ -110,12 +105,15 @@ class Comparison:
             times = [result.milliseconds.get(case.tokens) for result in self.results]
             cells = ["-" if time is None else f"{time:.2f}" for time in times]
             place = "MoE block *" if case.refusal else "model"
-            rows.append((str(case.tokens), place, str(stock[case.tokens]), str(ours[case.tokens]), *cells))
+            masks = self.references[case.tokens].compared
+            compared = f"{sum(int(mask.sum()) for mask in masks)}/{sum(mask.numel() for mask in masks)}"
+            rows.append((str(case.tokens), place, compared, str(stock[case.tokens]), str(ours[case.tokens]), *cells))
         return format_table(header, rows)
 
     def _footnotes(self) -> list[str]:
         refused = {case.tokens: case.refusal for case in self.task.cases if case.refusal}
-        return [
+        compared = "compared: tokens whose experts no rounding of stock eager's router logits changes, out of all"
+        return [compared] + [
             f"* stock eager cannot run the model on {tokens} tokens ({reason}); one MoE block runs them instead"
             for tokens, reason in refused.items()
         ]

@@ -41,6 +41,10 @@ def batch(ids_N: Tensor, *, rows: int, length: int, generator: torch.Generator) 
 
 
 def stretches(ids_N: Tensor, *, count: int, length: int) -> list[Tensor]:
-    """`count` inputs [1, length] int64 spread evenly over the token ids [N] int64."""
+    """`count` inputs [1, length] int64 spread evenly over the token ids [N] int64; single tokens have no context, so
+    they are spread evenly over the bytes instead.
+    """
+    if length == 1:
+        ids_N = torch.arange(PAD)
     last = ids_N.numel() - length
     return [ids_N[start : start + length][None] for start in (last * i // max(count - 1, 1) for i in range(count))]

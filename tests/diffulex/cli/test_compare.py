@@ -24,7 +24,7 @@ def model():
 @pytest.fixture(scope="module")
 def task(model):
     ids_N = token_ids(model, 1, 200)[0]
-    return compare.make_task(model, ids_N, counts=[0, 3, 128], repeats=4, length=5, prompt="Alice")
+    return compare.make_task(model, ids_N, counts=[0, 3, 128], compared=12, length=5, prompt="Alice")
 
 
 def result(variant, *, continuation=(1, 2, 3, 4, 5), graphs=2, breaks=(), outputs=None, stages=STAGES):
@@ -35,10 +35,11 @@ def result(variant, *, continuation=(1, 2, 3, 4, 5), graphs=2, breaks=(), output
     return compare.Result(variant, outputs or {}, list(continuation), counts, 1.0, {3: 1.5}, None, decisions)
 
 
-def comparison(model, task, ours, *, exact=None):
-    eager = result(compare.EAGER, outputs={tokens: [t.float() for t in ts] for tokens, ts in (exact or {}).items()})
-    stock = result(compare.STOCK, outputs=eager.outputs)
-    return Comparison(model, task, (eager, stock, ours), exact or {}, Oracle(model))
+def comparison(model, task, ours, *, references=None):
+    references = references or {}
+    outputs = {tokens: [t.float() for t in known.outputs] for tokens, known in references.items()}
+    eager, stock = result(compare.EAGER, outputs=outputs), result(compare.STOCK, outputs=outputs)
+    return Comparison(model, task, (eager, stock, ours), references, Oracle(model))
 
 
 def problems(model, task, ours, **options):
@@ -49,7 +50,7 @@ def test_counts_that_the_stock_model_refuses_run_on_a_block(task):
     empty, some, many = task.cases
     assert "Error" in empty.refusal and [t.shape for t in empty.inputs] == [(1, 0, 64)]
     assert not some.refusal and [t.shape for t in some.inputs] == [(1, 3)] * 4
-    assert [t.shape for t in many.inputs] == [(1, 128)] * 2
+    assert [t.shape for t in many.inputs] == [(1, 128)]
 
 
 def test_all_variants_run_the_same_task(model, task):
@@ -59,8 +60,10 @@ def test_all_variants_run_the_same_task(model, task):
     ] * 4
     assert len(eager.continuation) == 5 and eager.counts.graphs == 0 and eager.kernels is None
     assert eager.milliseconds.keys() == {3, 128} and eager.decisions == ()
-    exact = compare.run_oracle(Oracle(model), task)
-    ratios = compare.accuracy(eager, eager, oracle=exact)
+    references = compare.run_oracle(Oracle(model), model, task=task)
+    assert [mask.shape for mask in references[3].compared] == [(3,)] * 4
+    assert sum(int(mask.sum()) for mask in references[128].compared) > 120
+    ratios = compare.accuracy(eager, eager, references=references)
     assert str(ratios[0]) == "empty" and not any(ratio.problem for ratio in ratios.values())
     assert ratios[3].mean == pytest.approx(1, abs=0.01)
 
@@ -86,9 +89,14 @@ def test_every_broken_promise_is_a_failed_check(model, task):
 
 
 def test_a_wrong_output_is_a_failed_check(model, task):
-    exact = {3: [torch.randn(1, 3, 264, dtype=torch.float64)]}
-    ours = result(compare.OURS, outputs={3: [exact[3][0].float() + 1e-3]})
-    assert "3 tokens: mean error" in problems(model, task, ours, exact=exact)["fp64 ratio rule at every token count"]
+    exact = torch.randn(1, 3, 264, dtype=torch.float64)
+    wrong = exact.float()
+    wrong[:, 1] += 1e-3
+    ours = result(compare.OURS, outputs={3: [wrong]})
+    for clear, message in (([True, True, False], "3 tokens: mean error"), ([True, False, True], None)):
+        known = {3: compare.Reference((exact,), (torch.tensor(clear),))}
+        found = problems(model, task, ours, references=known).get("fp64 ratio rule at every token count")
+        assert found is message or found.startswith(message)
 
 
 def test_another_continuation_is_a_failed_check_unless_it_is_a_tie(model, task):

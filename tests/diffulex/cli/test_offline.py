@@ -1,11 +1,10 @@
-"""Names of generated kernels, and the MoE layer compiled for sm_90 without a GPU."""
+"""Names of generated kernels. The demo's own test generates and compiles them."""
 
 import pytest
+import torch
 
 from diffulex.cli import offline
-from diffulex.cli.demo import PRESETS, build_config
 from lowering.errors import Reason
-from lowering.inductor.fake_device import fake_refusal
 
 LONG = "triton_red_fused__to_copy__unsafe_view_add_embedding_mean_moe_combine_mul_pow_rsqrt_view_13"
 
@@ -22,15 +21,6 @@ def test_kernels_of_moe_layers_are_told_by_their_names():
     assert not offline.is_moe_kernel("triton_per_fused__to_copy_add_embedding_mean_mul_pow_rsqrt_0")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(fake_refusal() is not None, reason="a GPU cannot be faked here")
-def test_one_layer_is_written_and_compiled_for_sm_90(tmp_path):
-    old = tmp_path / "old.py"
-    old.touch()
-    facts = offline.compile_offline(build_config(PRESETS["tiny"], 2), tmp_path, tokens=512, verbose=False)
-    assert not isinstance(facts, Reason) and facts.refusals == ()
-    table = str(facts)
-    for stage in ("moe_route", "moe_dispatch", "moe_expert_up", "moe_expert_down", "moe_combine"):
-        assert stage in table
-    assert len(list(tmp_path.glob("triton_*.py"))) == len(facts.kernels) >= 5
-    assert "async_compile.triton" in (tmp_path / "wrapper.py").read_text() and not old.exists()
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device to refuse")
+def test_a_real_device_is_a_reason_to_skip(tmp_path):
+    assert isinstance(offline.compile_offline(None, tmp_path, tokens=1, verbose=False), Reason)

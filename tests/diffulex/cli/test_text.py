@@ -38,3 +38,8 @@ def test_stretches_cover_the_text_from_end_to_end():
     assert first.tolist() == [list(range(10))] and last.tolist() == [list(range(90, 100))]
     assert middle.shape == (1, 10)
     assert [t.shape for t in text.stretches(ids_N, count=1, length=0)] == [(1, 0)]
+
+
+def test_single_tokens_are_spread_over_the_bytes():
+    singles = text.stretches(text.load_ids(), count=256, length=1)
+    assert [t.tolist() for t in singles] == [[[byte]] for byte in range(256)]
