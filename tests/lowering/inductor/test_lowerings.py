@@ -1,0 +1,227 @@
+"""What the lowerings generate for an H100: which kernels, what fuses into them, that they compute the right thing in
+Triton's interpreter; what gets no kernel, and the reason it is recorded with.
+"""
+
+import pytest
+import torch
+
+from lowering.errors import ReasonCode
+from lowering.inductor import lowerings
+from lowering.inductor.install import register_lowerings
+from lowering.inductor.offline import compile_kernels, offline_source
+from lowering.report import collect
+from tests.support.inputs import WIDE, BlockForm, make_block, sort_slots
+from tests.support.interpreter import interpreter
+from tests.support.oracle import assert_oracle_ratio
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: nothing to fake")
+
+ops = torch.ops.diffulex
+SMALL = BlockForm(tokens=6, top_k=2, experts=4, hidden=32, width=16, dtype=torch.float32)
+
+
+def rms_norm(x_TH):
+    return x_TH * torch.rsqrt(x_TH.float().square().mean(-1, keepdim=True) + 1e-6).to(x_TH.dtype)
+
+
+class Experts:
+    """A block behind its router: dispatch, both expert stages, combine, residual and the next norm."""
+
+    def __init__(self, form):
+        self.form = form
+
+    def __call__(self, hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI, b13_EJ=None, b2_EH=None):
+        order_N, _, offsets_E1 = ops.moe_dispatch(ids_TK, self.form.experts)
+        act_NI = ops.moe_expert_up(
+            hidden_TH, w13_EJH, b13_EJ, order_N, offsets_E1, self.form.top_k, self.form.act, self.form.interleaved
+        )
+        slots_NH = ops.moe_expert_down(act_NI, w2_EHI, b2_EH, order_N, offsets_E1)
+        return rms_norm(hidden_TH + ops.moe_combine(slots_NH, weights_TK))
+
+    def inputs(self):
+        block = make_block(self.form)
+        weights = (block.w13_EJH, block.w2_EHI, block.b13_EJ, block.b2_EH)
+        return [block.hidden_TH, block.ids_TK, block.weights_TK, *(w for w in weights if w is not None)]
+
+
+def code_of(function, inputs, **options):
+    """The generated code, and the decisions of the lowerings."""
+    register_lowerings()
+    torch._dynamo.reset()
+    with collect() as decisions:
+        code = offline_source(function, inputs, **options)
+    return code, {d.subject: d for d in decisions if d.stage == "lower"}
+
+
+def check(code, function, inputs):
+    (out,) = interpreter().graph(code, function, inputs)
+    doubles = [t.double() if t.is_floating_point() else t for t in inputs]
+    assert_oracle_ratio(out, function(*inputs), function(*doubles))
+
+
+def kernel_names(code):
+    stages = ("moe_dispatch", "moe_expert_up", "moe_expert_down", "moe_combine")
+    return [next((stage for stage in stages if stage in name), name) for name in code.calls]
+
+
+FORMS = {
+    "plain": SMALL,
+    "gpt_oss": SMALL.replace(act="swiglu_oai", bias=True, interleaved=True, transposed=True),
+    "ungated": SMALL.replace(act="relu2"),
+    "biased": SMALL.replace(act="geglu", bias=True, hidden=48),
+    "sentinels": SMALL.replace(ids="sentinels", bias=True),
+    "top1": SMALL.replace(top_k=1),
+    "top8": SMALL.replace(top_k=8, experts=9),
+    "primes": SMALL.replace(tokens=7, hidden=11, width=5, experts=7),
+    "fp16": SMALL.replace(dtype=torch.float16),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_four_kernels_that_compute_the_block(form):
+    """One per stage: residual and norm are in the combine kernel, whatever K; weights are not copied."""
+    function = Experts(form)
+    inputs = function.inputs()
+    code, decisions = code_of(function, inputs)
+    assert kernel_names(code) == ["moe_dispatch", "moe_expert_up", "moe_expert_down", "moe_combine"]
+    assert code.extern_calls == ()
+    combine = code.kernel("moe_combine").function
+    assert "rsqrt" in combine
+    assert combine.count("tl.store") == 1
+    assert {name: decision.reason for name, decision in decisions.items()} == dict.fromkeys(kernel_names(code))
+    check(code, function, inputs)
+
+
+def test_one_kernel_for_the_router():
+    def route(logits_TE, bias_E):
+        weights_TK, ids_TK = ops.moe_route(logits_TE, bias_E, None, 2, "sigmoid", 2, 1)
+        return weights_TK, ids_TK
+
+    inputs = [torch.randn(7, 8), torch.randn(8)]
+    code, decisions = code_of(route, inputs)
+    assert (len(code.calls), code.extern_calls) == (1, ())
+    assert decisions["moe_route"].outcome.startswith("triton moe_route")
+    weights_TK, ids_TK = interpreter().graph(code, route, inputs)
+    wanted_weights_TK, wanted_ids_TK = route(*inputs)
+    assert torch.equal(ids_TK, wanted_ids_TK)
+    torch.testing.assert_close(weights_TK, wanted_weights_TK)
+
+
+def test_pointwise_neighbours_go_into_the_expert_kernels():
+    """A scale per column behind the up stage, a function of the result behind the down stage."""
+
+    def function(hidden_TH, ids_TK, scale_I, w13_EJH, w2_EHI):
+        order_N, _, offsets_E1 = ops.moe_dispatch(ids_TK, SMALL.experts)
+        act_NI = ops.moe_expert_up(hidden_TH, w13_EJH, None, order_N, offsets_E1, SMALL.top_k, "swiglu") * scale_I
+        return torch.tanh(ops.moe_expert_down(act_NI, w2_EHI, None, order_N, offsets_E1)) + 1.0
+
+    block = make_block(SMALL)
+    inputs = [block.hidden_TH, block.ids_TK, torch.randn(SMALL.width), block.w13_EJH, block.w2_EHI]
+    code, _ = code_of(function, inputs)
+    assert kernel_names(code) == ["moe_dispatch", "moe_expert_up", "moe_expert_down"]
+    assert "tanh" in code.kernel("moe_expert_down").function
+    check(code, function, inputs)
+
+
+@pytest.mark.parametrize("indices", [(False, False), (True, False), (False, True), (True, True)])
+def test_weight_gradients(indices):
+    def function(left, right, index_N, offsets_E1):
+        left_index, right_index = (index_N if used else None for used in indices)
+        return ops.moe_expert_grad_weight(left, right, left_index, right_index, offsets_E1) * 2.0
+
+    slots = sort_slots(make_block(SMALL).ids_TK, SMALL.experts)
+    rows = SMALL.tokens * SMALL.top_k
+    inputs = [torch.randn(rows, 24), torch.randn(rows, 40), slots.order_N, slots.offsets_E1]
+    code, decisions = code_of(function, inputs)
+    assert (len(code.calls), code.extern_calls) == (1, ())
+    assert decisions["moe_expert_grad_weight"].reason is None
+    check(code, function, inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [64, 8192])
+def test_a_real_shape_compiles_without_spills(tokens):
+    form = WIDE.replace(tokens=tokens, top_k=8, experts=64, hidden=2048, width=768, dtype=torch.bfloat16)
+    function = Experts(form)
+    with torch.device("meta"):
+        sizes = ((tokens, 2048), (64, 1536, 2048), (64, 2048, 768))
+        hidden_TH, w13_EJH, w2_EHI = (torch.empty(size, dtype=torch.bfloat16) for size in sizes)
+        inputs = [hidden_TH, torch.empty(tokens, 8, dtype=torch.int32), torch.empty(tokens, 8), w13_EJH, w2_EHI]
+    code, _ = code_of(function, inputs)
+    for facts in compile_kernels(code):
+        assert facts.spill_bytes == 0, facts
+        if "expert" in facts.name and tokens > 64:
+            assert facts.wgmma > 0, facts
+
+
+# What gets no kernel
+
+
+def test_fp64_takes_the_ops_own_kernels():
+    function = Experts(SMALL)
+    code, decisions = code_of(function, function.inputs(), dtype=torch.float64)
+    for op in ("moe_expert_up", "moe_expert_down", "moe_combine"):
+        assert f"torch.ops.diffulex.{op}.default" in code.extern_calls
+        assert decisions[op].outcome == "the op's own kernel"
+        assert decisions[op].reason.code is ReasonCode.DTYPE
+    assert decisions["moe_dispatch"].reason is None
+
+
+def test_the_cpu_takes_the_ops_own_kernels():
+    """A real compilation: each op is a call of the wrapper, recorded with its reason, and the result is the ops'."""
+
+    def function(logits_TE, hidden_TH, w13_EJH, w2_EHI):
+        weights_TK, ids_TK = ops.moe_route(logits_TE, None, None, 2)
+        order_N, _, offsets_E1 = ops.moe_dispatch(ids_TK, 4)
+        act_NI = ops.moe_expert_up(hidden_TH, w13_EJH, None, order_N, offsets_E1, 2, "swiglu")
+        return ops.moe_combine(ops.moe_expert_down(act_NI, w2_EHI, None, order_N, offsets_E1), weights_TK)
+
+    block = make_block(SMALL)
+    inputs = [torch.randn(SMALL.tokens, 4), block.hidden_TH, block.w13_EJH, block.w2_EHI]
+    torch._dynamo.reset()
+    with collect() as decisions, torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        out = torch.compile(function, fullgraph=True)(*inputs)
+    lowered = {d.subject: d for d in decisions if d.stage == "lower"}
+    assert list(lowered) == ["moe_route", "moe_dispatch", "moe_expert_up", "moe_expert_down", "moe_combine"]
+    assert {d.reason.code for d in lowered.values()} == {ReasonCode.NOT_CUDA}
+    torch.testing.assert_close(out, function(*inputs))
+
+
+class Value:
+    """What `refusal` asks an IR node."""
+
+    def __init__(self, device, dtype):
+        self.get_device = lambda: torch.device(device)
+        self.get_dtype = lambda: dtype
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "code"),
+    [
+        ("cuda", torch.bfloat16, (9, 0), None),
+        ("cuda", torch.float32, (8, 0), None),
+        ("cuda", torch.bfloat16, (7, 5), ReasonCode.CAPABILITY),
+        ("cuda", torch.float64, (9, 0), ReasonCode.DTYPE),
+        ("cuda", torch.int8, (9, 0), ReasonCode.DTYPE),
+        ("cpu", torch.bfloat16, (9, 0), ReasonCode.NOT_CUDA),
+        ("xpu", torch.bfloat16, (9, 0), ReasonCode.NOT_CUDA),
+    ],
+)
+def test_refusals(device, dtype, capability, code, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    reason = lowerings.refusal(Value(device, dtype))
+    assert (reason and reason.code) == code
+
+
+# Expected texts
+
+
+@pytest.mark.parametrize("stage", ["moe_dispatch", "moe_expert_up", "moe_expert_down", "moe_combine"])
+def test_kernel_texts(stage, expected, texts):
+    expected(f"block_{stage}", texts.kernel(stage).function)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    function = Experts(WIDE.replace(act="swiglu_oai", bias=True, interleaved=True, dtype=torch.bfloat16))
+    return code_of(function, function.inputs())[0]
