@@ -266,6 +266,16 @@ REFUSED: dict[str, tuple[Spine, ReasonCode, str]] = {
         _STRUCTURE,
         "rows are gathered by aten.remainder",
     ),
+    "rows_by_truncation": (
+        changed(gather=lambda self, hidden: hidden[torch.div(self.perm, K, rounding_mode="trunc")]),
+        _STRUCTURE,
+        "rows are gathered by aten.div.Tensor_mode of 2",
+    ),
+    "rows_by_tensor": (
+        changed(gather=lambda self, hidden: hidden[self.perm // torch.full_like(self.perm, K)]),
+        _STRUCTURE,
+        "rows are gathered by",
+    ),
     "rows_by_clamp": (
         changed(gather=lambda self, hidden: hidden[self.perm.clamp(max=T - 1)]),
         _STRUCTURE,
