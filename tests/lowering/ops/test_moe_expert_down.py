@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from lowering.errors import MoEDeviceError, MoEDtypeError, MoEShapeError
 from lowering.ops import moe_expert_down
+from lowering.ops.moe_expert_down import _cuda
 from lowering.reference.moe_expert_down import moe_expert_down_reference
 from tests.support.catalogue import assert_refused, named
 from tests.support.inputs import DEVICES, FORMS, LOW_DTYPES, WIDE_FORMS, BlockForm, cast, down_args, with_grad
@@ -35,6 +36,13 @@ def eager(act, w2, b2, order, offsets):
 def test_equals_reference(form, device):
     args = down_args(form, device)
     assert_near_exact(moe_expert_down(*args), reference(*args))
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_the_fp64_path_of_cuda_equals_the_reference(form):
+    """It is made of torch functions that never read the offsets, so it runs here too."""
+    args = down_args(form)
+    assert_near_exact(_cuda(*args), reference(*args))
 
 
 @pytest.mark.parametrize("device", DEVICES)

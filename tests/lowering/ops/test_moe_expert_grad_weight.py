@@ -7,6 +7,7 @@ import torch
 
 from lowering.errors import MoEDeviceError, MoEDtypeError, MoEShapeError
 from lowering.ops import moe_expert_grad_weight
+from lowering.ops.moe_expert_grad_weight import _cuda
 from lowering.reference.moe_expert_grad_weight import moe_expert_grad_weight_reference
 from tests.support.catalogue import assert_refused, named
 from tests.support.inputs import DEVICES, FORMS, LOW_DTYPES, WIDE_FORMS, BlockForm, cast, grad_weight_args
@@ -34,6 +35,13 @@ def eager(left, right, left_index, right_index, offsets):
 def test_equals_reference(form, left, right, device):
     args = grad_weight_args(form, device, left=left, right=right)
     assert_near_exact(moe_expert_grad_weight(*args), reference(*args))
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_the_fp64_path_of_cuda_equals_the_reference(form):
+    """It is made of torch functions that never read the offsets, so it runs here too."""
+    args = grad_weight_args(form, left="slot", right="token")
+    assert_near_exact(_cuda(*args), reference(*args))
 
 
 @pytest.mark.parametrize("device", DEVICES)

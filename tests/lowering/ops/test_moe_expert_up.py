@@ -9,6 +9,7 @@ from torch.nn import functional
 from lowering.activation import IDENTITY, evaluate, split_gate
 from lowering.errors import MoEDeviceError, MoEDtypeError, MoEOptionError, MoERangeError, MoEShapeError
 from lowering.ops import moe_expert_up
+from lowering.ops.moe_expert_up import _cuda
 from lowering.reference.moe_expert_up import moe_expert_up_reference
 from tests.support.catalogue import assert_refused, named
 from tests.support.inputs import (
@@ -71,6 +72,13 @@ def test_identity_is_the_default_and_raw():
     assert torch.equal(raw, moe_expert_up(*args, IDENTITY, True))
     gate, up = raw.chunk(2, dim=1)
     assert_near_exact(functional.silu(gate) * up, moe_expert_up(*args, "swiglu"))
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_the_fp64_path_of_cuda_equals_the_reference(form):
+    """It is made of torch functions that never read the offsets, so it runs here too."""
+    args = up_args(form)
+    assert_near_exact(_cuda(*args), reference(*args))
 
 
 @pytest.mark.parametrize("device", DEVICES)
