@@ -49,7 +49,7 @@ PRESETS = {
         learning_rate=3e-3,
         rows=4,
         length=64,
-        compared=256,
+        compared=128,
     ),
     "qwen3-30b-a3b": Preset(
         layers=1,

@@ -90,15 +90,8 @@ class Comparison:
         return "\n".join(parts)
 
     def _cases(self) -> str:
-        header = (
-            "tokens",
-            "runs on",
-            "error, stock comp.",
-            "error, diffulex",
-            "ms eager",
-            "ms stock comp.",
-            "ms diffulex",
-        )
+        names = [result.variant.name for result in self.results]
+        header = ("tokens", "runs on", "compared", *(f"error {n}" for n in names[1:]), *(f"ms {n}" for n in names))
         stock, ours = self.ratios
         rows = []
         for case in self.task.cases:

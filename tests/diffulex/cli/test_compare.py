@@ -80,6 +80,17 @@ def test_everything_holds(model, task):
     assert problems(model, task, result(compare.OURS)) == {}
 
 
+def test_everything_is_shown(model, task):
+    references = compare.run_oracle(Oracle(model), model, task=task)
+    outputs = {tokens: [t.float() for t in known.outputs] for tokens, known in references.items()}
+    shown = comparison(model, task, result(compare.OURS, outputs=outputs), references=references).text()
+    rows = {line.split()[0]: line.split() for line in shown.splitlines() if line[:1].isdigit()}
+    assert rows["0"][1:5] == ["MoE", "block", "*", "0/0"] and rows["3"][1:3] == ["model", "12/12"]
+    assert rows["3"][-1] == "1.50" and rows["128"][-1] == "-"
+    assert "stock eager cannot run the model on 0 tokens" in shown and "'Alice" in shown
+    assert "5 ops" in shown and f"{EXPERTS}: captured" in shown
+
+
 def test_every_broken_promise_is_a_failed_check(model, task):
     breaks = (("call to print", 2),)
     ours = result(compare.OURS, graphs=4, breaks=breaks, stages=STAGES[:2])
