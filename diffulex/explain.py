@@ -7,10 +7,7 @@ import json
 from typing import Any
 
 import torch
-import torch._dynamo
-import torch._inductor.config
 from torch import nn
-from torch._dynamo.utils import counters
 
 from lowering.errors import Reason, ReasonCode
 from lowering.inductor.fresh import fresh_caller
@@ -87,6 +84,9 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     A model in eval mode is explained for inference, one in train mode for training (unless inside `torch.no_grad`).
     Compiles afresh with caches off, so that every decision is seen; the model and earlier compilations are untouched.
     """
+    import torch._inductor.config  # here, not above: it loads triton
+    from torch._dynamo.utils import counters
+
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
     graphs_before, breaks_before = counters["stats"]["unique_graphs"], counters["graph_break"].copy()
     with (

@@ -14,7 +14,6 @@ import torch
 
 from lowering.errors import Reason, ReasonCode
 from lowering.inductor.identity import fingerprint
-from lowering.inductor.install import MoEPasses
 from lowering.settings import SETTINGS
 from lowering.state import is_enabled
 
@@ -108,7 +107,10 @@ def _settings() -> list[tuple[str, str]]:
 
 
 def _hooks() -> list[tuple[str, str]]:
+    import torch._inductor.compile_fx  # the pass is put in place when this is loaded
     import torch._inductor.config as inductor_config
+
+    from lowering.inductor.passes import MoEPasses
 
     installed = isinstance(inductor_config.joint_custom_pre_pass, MoEPasses)
     return [

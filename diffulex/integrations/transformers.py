@@ -8,11 +8,7 @@ inference and training. Nothing is imported early: the hook waits until transfor
 from __future__ import annotations
 
 import functools
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowering import ops
+from lowering.after_import import after_import
 from lowering.state import is_enabled
 
 NAME = "diffulex"
@@ -76,31 +73,6 @@ def register(module: ModuleType) -> None:
             functions.register(name, _captured(functions[name]))
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds one module with the finders behind it and runs `register` after its code has run."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != _MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            register(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
 def install() -> None:
     """Register now where transformers is loaded, else as soon as it is."""
-    if _MODULE in sys.modules:
-        register(sys.modules[_MODULE])
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    after_import(_MODULE, register)

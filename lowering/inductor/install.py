@@ -1,71 +1,35 @@
-"""Put the passes and lowerings into Inductor. Runs on `import diffulex`; imports neither Inductor's core nor triton."""
+"""What `import diffulex` does to the compiler: hooks that wait for Inductor, so that neither it nor triton is loaded."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any
+from types import ModuleType
 
 import torch
-import torch._inductor.config as inductor_config
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph
 
+from ..after_import import after_import
 from ..ops import _library
-from ..state import is_enabled
 from .identity import fingerprint
 
-
-class MoEPasses(CustomGraphPass):
-    """The pass in `joint_custom_pre_pass`: runs what was there before, then ours.
-
-    Its `uuid` hashes every file of `lowering`, so Inductor's cache never returns code of another version.
-    """
-
-    def __init__(self, previous: Any = None) -> None:
-        self.previous = previous
-
-    def __call__(self, graph: Graph) -> None:
-        """Rewrite the graph in place."""
-        for other in self._others():
-            other(graph)
-        if is_enabled():
-            register_lowerings()
-            importlib.import_module("lowering.graph.pipeline").run_passes(graph)
-
-    def _others(self) -> tuple[Any, ...]:
-        if self.previous is None:
-            return ()
-        return tuple(self.previous) if isinstance(self.previous, list | tuple) else (self.previous,)
-
-    def uuid(self) -> Any:
-        """Cache key part; None, which bypasses the cache, where another pass has no identity of its own."""
-        others = []
-        for other in self._others():
-            identity = other.uuid() if isinstance(other, CustomGraphPass) else None
-            if identity is None:
-                return None
-            others.append(identity)
-        return (fingerprint(), is_enabled(), *others)
+_COMPILER = "torch._inductor.compile_fx"  # loaded by everything that compiles with Inductor, before it looks at a graph
 
 
-def register_lowerings() -> None:
-    """Import the lowerings, which registers them; needed before a graph with our ops is lowered."""
-    importlib.import_module("lowering.inductor.lowerings")
-    importlib.import_module("lowering.inductor.route_lowerings")
+def _on_compiler(module: ModuleType) -> None:
+    importlib.import_module("lowering.inductor.passes").install_pass()
 
 
 def _on_trace() -> None:
     # a graph that reaches Inductor without our pass (options= replaced it) still gets its lowerings
     if "torch._inductor.graph" in sys.modules:
-        register_lowerings()
+        importlib.import_module("lowering.inductor.passes").register_lowerings()
 
 
 def install() -> None:
     """Install once; later calls do nothing."""
-    if isinstance(inductor_config.joint_custom_pre_pass, MoEPasses):
+    if _on_trace in _library.TRACE_HOOKS:
         return
-    inductor_config.joint_custom_pre_pass = MoEPasses(inductor_config.joint_custom_pre_pass)
+    _library.TRACE_HOOKS.append(_on_trace)
     tag = torch.compiler.config.cache_key_tag
     torch.compiler.config.cache_key_tag = f"{tag}+diffulex-{fingerprint()}" if tag else f"diffulex-{fingerprint()}"
-    _library.TRACE_HOOKS.append(_on_trace)
+    after_import(_COMPILER, _on_compiler)

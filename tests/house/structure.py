@@ -12,7 +12,7 @@ from .source import Source, functions, in_folders, parse, python_of_packages
 # Leaf first. A step may import what stands before it; the members of one step may not import one another.
 _ORDER = (
     ("errors",),
-    ("spec", "settings"),
+    ("spec", "settings", "after_import"),
     ("state",),
     ("activation",),
     ("reference",),

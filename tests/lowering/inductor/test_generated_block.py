@@ -8,7 +8,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from lowering.inductor.install import register_lowerings
+from lowering.inductor.passes import register_lowerings
 from lowering.inductor.offline import offline_source
 from tests.support.interpreter import interpreter
 from tests.support.oracle import assert_oracle_ratio

@@ -7,9 +7,10 @@ import torch
 
 from lowering.errors import ReasonCode
 from lowering.inductor import lowerings
-from lowering.inductor.install import register_lowerings
+from lowering.inductor.passes import register_lowerings
 from lowering.inductor.offline import compile_kernels, offline_source
 from lowering.report import collect
+from tests.support.blocks import Block
 from tests.support.inputs import WIDE, BlockForm, make_block, sort_slots
 from tests.support.interpreter import interpreter
 from tests.support.oracle import assert_oracle_ratio
@@ -18,30 +19,6 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is pres
 
 ops = torch.ops.diffulex
 SMALL = BlockForm(tokens=6, top_k=2, experts=4, hidden=32, width=16, dtype=torch.float32)
-
-
-def rms_norm(x_TH):
-    return x_TH * torch.rsqrt(x_TH.float().square().mean(-1, keepdim=True) + 1e-6).to(x_TH.dtype)
-
-
-class Experts:
-    """A block behind its router: dispatch, both expert stages, combine, residual and the next norm."""
-
-    def __init__(self, form):
-        self.form = form
-
-    def __call__(self, hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI, b13_EJ=None, b2_EH=None):
-        order_N, _, offsets_E1 = ops.moe_dispatch(ids_TK, self.form.experts)
-        act_NI = ops.moe_expert_up(
-            hidden_TH, w13_EJH, b13_EJ, order_N, offsets_E1, self.form.top_k, self.form.act, self.form.interleaved
-        )
-        slots_NH = ops.moe_expert_down(act_NI, w2_EHI, b2_EH, order_N, offsets_E1)
-        return rms_norm(hidden_TH + ops.moe_combine(slots_NH, weights_TK))
-
-    def inputs(self):
-        block = make_block(self.form)
-        weights = (block.w13_EJH, block.w2_EHI, block.b13_EJ, block.b2_EH)
-        return [block.hidden_TH, block.ids_TK, block.weights_TK, *(w for w in weights if w is not None)]
 
 
 def code_of(function, inputs, **options):
@@ -80,7 +57,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_four_kernels_that_compute_the_block(form):
     """One per stage: residual and norm are in the combine kernel, whatever K; weights are not copied."""
-    function = Experts(form)
+    function = Block(form)
     inputs = function.inputs()
     code, decisions = code_of(function, inputs)
     assert kernel_names(code) == ["moe_dispatch", "moe_expert_up", "moe_expert_down", "moe_combine"]
@@ -142,7 +119,7 @@ def test_weight_gradients(indices):
 @pytest.mark.parametrize("tokens", [64, 8192])
 def test_a_real_shape_compiles_without_spills(tokens):
     form = WIDE.replace(tokens=tokens, top_k=8, experts=64, hidden=2048, width=768, dtype=torch.bfloat16)
-    function = Experts(form)
+    function = Block(form)
     with torch.device("meta"):
         sizes = ((tokens, 2048), (64, 1536, 2048), (64, 2048, 768))
         hidden_TH, w13_EJH, w2_EHI = (torch.empty(size, dtype=torch.bfloat16) for size in sizes)
@@ -158,7 +135,7 @@ def test_a_real_shape_compiles_without_spills(tokens):
 
 
 def test_fp64_takes_the_ops_own_kernels():
-    function = Experts(SMALL)
+    function = Block(SMALL)
     code, decisions = code_of(function, function.inputs(), dtype=torch.float64)
     for op in ("moe_expert_up", "moe_expert_down", "moe_combine"):
         assert f"torch.ops.diffulex.{op}.default" in code.extern_calls
@@ -223,5 +200,5 @@ def test_kernel_texts(stage, expected, texts):
 
 @pytest.fixture(scope="module")
 def texts():
-    function = Experts(WIDE.replace(act="swiglu_oai", bias=True, interleaved=True, dtype=torch.bfloat16))
+    function = Block(WIDE.replace(act="swiglu_oai", bias=True, interleaved=True, dtype=torch.bfloat16))
     return code_of(function, function.inputs())[0]

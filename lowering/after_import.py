@@ -1,0 +1,46 @@
+"""Run something when a module is first imported, without importing it: how `import diffulex` stays light."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+Callback = Callable[[ModuleType], None]
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds one module with the finders behind it and runs the callback after the module's own code."""
+
+    def __init__(self, name: str, callback: Callback) -> None:
+        self.name = name
+        self.callback = callback
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            self.callback(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def after_import(name: str, callback: Callback) -> None:
+    """Call `callback(module)` once module `name` is loaded: now where it is, else right after its first import."""
+    if name in sys.modules:
+        callback(sys.modules[name])
+    elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(name, callback))

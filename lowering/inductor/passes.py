@@ -1,0 +1,58 @@
+"""The graph pass in Inductor's slot. Importing this imports Inductor; `install` does so when a graph is compiled."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch._inductor.config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph
+
+from ..state import is_enabled
+from .identity import fingerprint
+
+
+class MoEPasses(CustomGraphPass):
+    """The pass in `joint_custom_pre_pass`: runs what was there before, then ours.
+
+    Its `uuid` hashes every file of `lowering`, so Inductor's cache never returns code of another version.
+    """
+
+    def __init__(self, previous: Any = None) -> None:
+        self.previous = previous
+
+    def __call__(self, graph: Graph) -> None:
+        """Rewrite the graph in place."""
+        for other in self._others():
+            other(graph)
+        if is_enabled():
+            register_lowerings()
+            importlib.import_module("lowering.graph.pipeline").run_passes(graph)
+
+    def _others(self) -> tuple[Any, ...]:
+        if self.previous is None:
+            return ()
+        return tuple(self.previous) if isinstance(self.previous, list | tuple) else (self.previous,)
+
+    def uuid(self) -> Any:
+        """Cache key part; None, which bypasses the cache, where another pass has no identity of its own."""
+        others = []
+        for other in self._others():
+            identity = other.uuid() if isinstance(other, CustomGraphPass) else None
+            if identity is None:
+                return None
+            others.append(identity)
+        return (fingerprint(), is_enabled(), *others)
+
+
+def register_lowerings() -> None:
+    """Import the lowerings, which registers them; needed before a graph with our ops is lowered."""
+    importlib.import_module("lowering.inductor.lowerings")
+    importlib.import_module("lowering.inductor.route_lowerings")
+
+
+def install_pass() -> None:
+    """Put the pass into Inductor's configuration, in front of what stands there; a second call does nothing."""
+    if not isinstance(inductor_config.joint_custom_pre_pass, MoEPasses):
+        inductor_config.joint_custom_pre_pass = MoEPasses(inductor_config.joint_custom_pre_pass)
