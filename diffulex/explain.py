@@ -84,14 +84,14 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     A model in eval mode is explained for inference, one in train mode for training (unless inside `torch.no_grad`).
     Compiles afresh with caches off, so that every decision is seen; the model and earlier compilations are untouched.
     """
-    import torch._inductor.config  # here, not above: it loads triton
-    from torch._dynamo.utils import counters
+    from torch._dynamo.utils import counters  # here, not above: these load triton
+    from torch._inductor import config as inductor_config
 
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
     graphs_before, breaks_before = counters["stats"]["unique_graphs"], counters["graph_break"].copy()
     with (
         torch.set_grad_enabled(model.training and torch.is_grad_enabled()),
-        torch._inductor.config.patch(force_disable_caches=True),
+        inductor_config.patch(force_disable_caches=True),
         collect() as decisions,
     ):
         torch.compile(fresh_caller(model))(*args, **kwargs)

@@ -107,7 +107,7 @@ def _settings() -> list[tuple[str, str]]:
 
 
 def _hooks() -> list[tuple[str, str]]:
-    import torch._inductor.compile_fx  # the pass is put in place when this is loaded
+    import torch._inductor.compile_fx  # noqa: F401  the pass is put in place when this is loaded
     import torch._inductor.config as inductor_config
 
     from lowering.inductor.passes import MoEPasses

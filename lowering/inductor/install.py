@@ -1,4 +1,4 @@
-"""What `import diffulex` does to the compiler: hooks that wait for Inductor, so that neither it nor triton is loaded."""
+"""What `import diffulex` does to the compiler: hooks that wait for Inductor, so neither it nor triton is loaded."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from lowering.inductor.passes import register_lowerings
 from lowering.inductor.offline import offline_source
+from lowering.inductor.passes import register_lowerings
 from tests.support.interpreter import interpreter
 from tests.support.oracle import assert_oracle_ratio
 

@@ -7,8 +7,8 @@ import torch
 
 from lowering.errors import ReasonCode
 from lowering.inductor import lowerings
-from lowering.inductor.passes import register_lowerings
 from lowering.inductor.offline import compile_kernels, offline_source
+from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
 from tests.support.blocks import Block
 from tests.support.inputs import WIDE, BlockForm, make_block, sort_slots
