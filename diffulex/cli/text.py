@@ -42,9 +42,10 @@ def batch(ids_N: Tensor, *, rows: int, length: int, generator: torch.Generator) 
 
 def stretches(ids_N: Tensor, *, count: int, length: int) -> list[Tensor]:
     """`count` inputs [1, length] int64 spread evenly over the token ids [N] int64; single tokens have no context, so
-    they are spread evenly over the bytes instead.
+    they are spread evenly over the bytes instead. Copies: Dynamo would guard on what a view is a view of.
     """
     if length == 1:
         ids_N = torch.arange(PAD)
     last = ids_N.numel() - length
-    return [ids_N[start : start + length][None] for start in (last * i // max(count - 1, 1) for i in range(count))]
+    starts = (last * i // max(count - 1, 1) for i in range(count))
+    return [ids_N[start : start + length][None].clone() for start in starts]

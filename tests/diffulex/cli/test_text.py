@@ -36,7 +36,7 @@ def test_stretches_cover_the_text_from_end_to_end():
     ids_N = torch.arange(100)
     first, middle, last = text.stretches(ids_N, count=3, length=10)
     assert first.tolist() == [list(range(10))] and last.tolist() == [list(range(90, 100))]
-    assert middle.shape == (1, 10)
+    assert middle.shape == (1, 10) and not middle._is_view()  # Dynamo would guard on what it is a view of
     assert [t.shape for t in text.stretches(ids_N, count=1, length=0)] == [(1, 0)]
 
 
