@@ -1,0 +1,153 @@
+"""GEMMs that share a routing share their row ranges: one schedule each, one guard a bound, one graph a range."""
+
+import pytest
+import sympy
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph
+
+from lowering.inductor import _compat, gemm_plan, offline
+from lowering.inductor.fake_device import H100 as FAKE
+from lowering.inductor.fake_device import fake_h100
+from lowering.inductor.gemm_plan import gemm_shape, row_range, rows_bound
+from lowering.inductor.passes import register_lowerings
+from lowering.report import collect
+from lowering.schedule.device import H100, DeviceSpec
+from lowering.schedule.plan import plan
+from lowering.schedule.schedule import GemmShape
+from tests.support.blocks import Block
+from tests.support.inputs import BlockForm
+
+moe = torch.ops.diffulex
+UP, DOWN = GemmShape(128, 2048, 768, True), GemmShape(128, 768, 2048, False)
+BOUNDS = [found.max_rows for found in plan((UP, DOWN), H100)]
+
+
+def test_shapes():
+    assert gemm_shape((8, 64, 32), "silu(g) * u", element_size=2) == GemmShape(8, 32, 32, True, 2)
+    assert gemm_shape((8, 64, 32), "relu(g)", element_size=4) == GemmShape(8, 32, 64, False, 4)
+    assert gemm_shape((8, 64, 32), "identity", element_size=2) == GemmShape(8, 32, 64, False, 2)
+
+
+def graph_of(*stages):
+    """A graph with one dispatch and the given stages, each ("up" or "down", weight shape), as planning reads it."""
+    graph = Graph()
+
+    def value(name, *shape):
+        node = graph.placeholder(name)
+        node.meta["val"] = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        return node
+
+    dispatch = graph.call_function(moe.moe_dispatch.default, (graph.placeholder("ids"), 8))
+    order, offsets = (graph.call_function(lambda pair, i: pair[i], (dispatch, index)) for index in (0, 2))
+    for index, (stage, shape) in enumerate(stages):
+        weight = value(f"w{index}", *shape)
+        if stage == "up":
+            args = (graph.placeholder(f"x{index}"), weight, None, order, offsets, 2, "silu(g) * u")
+            graph.call_function(moe.moe_expert_up.default, args)
+        else:
+            graph.call_function(
+                moe.moe_expert_down.default, (graph.placeholder(f"x{index}"), weight, None, order, offsets)
+            )
+    return dispatch, offsets
+
+
+def test_siblings_are_the_gemms_over_the_same_offsets():
+    _, offsets = graph_of(("up", (8, 64, 32)), ("down", (8, 32, 32)), ("down", (8, 32, 32)))
+    assert gemm_plan._siblings(offsets) == (GemmShape(8, 32, 32, True), GemmShape(8, 32, 32, False))
+
+
+def answering(monkeypatch, rows):
+    """Guards are answered for `rows` rows; returns the list of bounds asked for."""
+    asked = []
+    monkeypatch.setattr(_compat, "guard_less_equal", lambda size, bound: asked.append(bound) or rows <= bound)
+    return asked
+
+
+def test_a_range_is_found_by_the_guards_up_to_it(monkeypatch):
+    symbol = sympy.Symbol("s0")
+    for index, bound in enumerate(BOUNDS):
+        rows = 1 << 30 if bound is None else bound
+        asked = answering(monkeypatch, rows)
+        assert row_range(symbol, (UP, DOWN), device=H100) == plan((UP, DOWN), H100)[index]
+        assert asked == [b for b in BOUNDS[: index + 1] if b is not None]
+
+
+def test_dispatch_is_bounded_by_the_gemms_behind_it(monkeypatch):
+    monkeypatch.setattr(gemm_plan, "device_spec", lambda index: H100)
+    device, symbol = torch.device("cuda", 0), sympy.Symbol("s0")
+    dispatch, _ = graph_of(("up", (128, 1536, 2048)), ("down", (128, 2048, 768)))
+    assert rows_bound(640, dispatch, device=device) == 640
+    asked = answering(monkeypatch, 1)
+    assert rows_bound(symbol, dispatch, device=device) == BOUNDS[0] == asked[0]
+    answering(monkeypatch, 1 << 30)
+    assert rows_bound(symbol, dispatch, device=device) is None
+    alone, _ = graph_of()
+    assert rows_bound(symbol, alone, device=device) is None
+    assert rows_bound(symbol, None, device=device) is None
+
+
+# Whole graphs
+
+WIDE = BlockForm(tokens=6, experts=64, top_k=4, hidden=256, width=128, dtype=torch.bfloat16)
+
+
+def test_every_gemm_of_a_graph_reports_the_same_ranges():
+    register_lowerings()
+    function = Block(WIDE)
+    with collect() as decisions:
+        offline.offline_source(function, function.inputs())
+    ranges = {decision.outcome for decision in decisions if decision.subject == "row_ranges"}
+    (text,) = ranges
+    shapes = (GemmShape(64, 256, 128, True), GemmShape(64, 128, 256, False))
+    assert text == "; ".join(map(str, plan(shapes, DeviceSpec.of_properties(FAKE))))
+
+
+class Graphs:
+    """Compiles for a faked H100 and counts; nothing runs: the result is an empty tensor of the right shape."""
+
+    def __init__(self, block):
+        self.inputs, self.codes = block.inputs(), []
+        self.compiled = torch.compile(block, backend=self.backend, fullgraph=True)
+
+    def backend(self, graph, examples):
+        from torch._inductor.compile_fx import compile_fx
+
+        output = next(node for node in graph.graph.nodes if node.op == "output").args[0][0]
+        try:
+            compile_fx(graph, examples)
+        except offline._Captured as captured:
+            self.codes.append(captured.wrapper_source)
+        return lambda *args: (torch.empty(1, device="meta").expand(output.meta["example_value"].shape[1]),)
+
+    def __call__(self, tokens, mode):
+        hidden_TH, ids_TK, weights_TK, *weights = self.inputs
+        tensors = (hidden_TH[:1].expand(tokens, -1), ids_TK[:1].expand(tokens, -1), weights_TK[:1].expand(tokens, -1))
+        fakes = offline.fake_cuda([t.contiguous() for t in tensors] + weights, mode=mode)
+        for tensor in fakes[:3]:
+            torch._dynamo.mark_dynamic(tensor, 0)
+        self.compiled(*fakes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: nothing to fake")
+def test_one_graph_per_range_of_rows():
+    """Symbolic T: row counts of one range share a graph, however many there are; each range has its own tiles."""
+    register_lowerings()
+    torch._dynamo.reset()
+    shapes = (GemmShape(64, 256, 128, True), GemmShape(64, 128, 256, False))
+    ranges = plan(shapes, DeviceSpec.of_properties(FAKE))
+    bounds = [found.max_rows // WIDE.top_k for found in ranges[:-1]]
+    assert bounds, "one range only: nothing to see"
+    graphs = Graphs(Block(WIDE, tail=False))
+    starts = [2, *(bound + 1 for bound in bounds)]
+    stops = [*bounds, 20_000]
+    with fake_h100(), offline._quiet_compiler(None), torch.no_grad():
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        for index, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            for tokens in (start, (start + stop) // 2, stop):
+                graphs(tokens, mode)
+            assert len(graphs.codes) == index + 1, f"{start} to {stop} tokens"
+    torch._dynamo.reset()
+    for found, code in zip(ranges, graphs.codes, strict=True):
+        for schedule in found.schedules:
+            assert f"BLOCK_M : tl.constexpr = {schedule.block_m}" in code

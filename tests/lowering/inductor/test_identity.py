@@ -1,0 +1,73 @@
+"""The fingerprint changes with every file that decides what is generated, and with nothing else."""
+
+import shutil
+
+import pytest
+
+from lowering.inductor import identity
+
+
+@pytest.fixture
+def fingerprint_of(tmp_path, monkeypatch):
+    """A copy of the package, and its fingerprint."""
+    copy = tmp_path / "lowering"
+    shutil.copytree(identity._ROOT, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(identity, "_ROOT", copy)
+    return copy, identity.fingerprint.__wrapped__
+
+
+def files():
+    found = [path.relative_to(identity._ROOT).as_posix() for path in sorted(identity._ROOT.rglob("*"))]
+    return [path for path in found if path.endswith((".py", ".jinja"))]
+
+
+def test_a_copy_has_the_fingerprint_of_the_original(fingerprint_of):
+    _, fingerprint = fingerprint_of
+    assert fingerprint() == identity.fingerprint()
+    assert len(fingerprint()) == 64
+
+
+def test_every_source_of_the_package_counts(fingerprint_of):
+    copy, fingerprint = fingerprint_of
+    seen = {fingerprint()}
+    for name in files():
+        path = copy / name
+        before = path.read_bytes()
+        path.write_bytes(before + b"\n")
+        seen.add(fingerprint())
+        path.write_bytes(before)
+    assert len(seen) == len(files()) + 1
+    assert {
+        "graph/spine_pass.py",
+        "inductor/lowerings.py",
+        "templates/moe_expert_gemm.jinja",
+        "ops/_library.py",
+    } <= set(files())
+
+
+def test_new_gone_and_renamed_files_count(fingerprint_of):
+    copy, fingerprint = fingerprint_of
+    first = fingerprint()
+    (copy / "new.py").write_text("")
+    with_new = fingerprint()
+    (copy / "new.py").rename(copy / "renamed.py")
+    renamed = fingerprint()
+    (copy / "renamed.py").unlink()
+    (copy / "spec.py").unlink()
+    assert len({first, with_new, renamed, fingerprint()}) == 4
+
+
+def test_what_only_lies_there_does_not_count(fingerprint_of):
+    copy, fingerprint = fingerprint_of
+    first = fingerprint()
+    (copy / "__pycache__").mkdir()
+    (copy / "__pycache__" / "spec.cpython-311.pyc").write_bytes(b"x")
+    (copy / "notes.md").write_text("x")
+    for path in copy.rglob("*.py"):
+        path.touch()
+    assert fingerprint() == first
+
+
+def test_the_fingerprint_is_read_once():
+    """It stands in every cache key; the files do not change under a running process."""
+    assert identity.fingerprint() is identity.fingerprint()
