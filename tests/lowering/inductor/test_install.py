@@ -41,7 +41,7 @@ print(json.dumps(state))
 
 
 def probe(before="", after="", options="{}"):
-    """What a fresh process says after the import and one compilation; `before` and `after` are lines around the import."""
+    """What a fresh process says after the import and one compilation; `before`, `after`: lines around the import."""
     code = PROBE.format(before=before, after=after, options=options)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
