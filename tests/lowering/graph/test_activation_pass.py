@@ -242,6 +242,18 @@ def test_the_dtype_must_stay():
     assert "dtype" in records[0].reason.detail
 
 
+def test_the_width_must_stay():
+    """One column, spread over several by a constant."""
+
+    def spread(hidden, w13, b13, w2, order, offsets):
+        act = moe.moe_expert_up(hidden, w13[:, :1], None, order, offsets, FORM.top_k) + torch.ones(N, FORM.width)
+        return moe.moe_expert_down(act, w2, None, order, offsets)
+
+    records = []
+    applied(lambda graph: activation_pass(graph, record=records.append), trace(spread, *inputs()))
+    assert "width" in records[0].reason.detail
+
+
 def test_a_result_that_is_read_twice_is_folded():
     """The result may be read elsewhere: it is replaced, not left out."""
     args = inputs()
