@@ -106,10 +106,11 @@ def layer_reports(model: nn.Module, decisions: list[Decision]) -> tuple[LayerRep
 
 def _belongs(decision: Decision, name: str) -> bool:
     """Whether a decision is about the experts `name`; their router is another child of the same block."""
+    layer = decision.layer
     if decision.subject == "moe_route":
-        name = name.rpartition(".")[0]
-        return decision.layer.rpartition(".")[0].endswith(name)
-    return decision.layer == name or decision.layer.endswith(f".{name}")
+        name, layer = name.rpartition(".")[0], layer.rpartition(".")[0]
+    # what was compiled may hold the model, so that its layers' names are longer
+    return name in ("", layer) or layer.endswith(f".{name}")
 
 
 def _layer(name: str, module: nn.Module, decisions: list[Decision]) -> LayerReport:
