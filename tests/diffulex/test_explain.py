@@ -42,8 +42,7 @@ class Model(nn.Module):
         hidden = self.layers[0]["experts"](hidden, ids, weights)
         if self.breaks:
             torch._dynamo.graph_break()
-        hidden = self.layers[1]["experts"](hidden, ids, weights)
-        return hidden
+        return self.layers[1]["experts"](hidden, ids, weights)
 
 
 @pytest.fixture(autouse=True)
