@@ -13,26 +13,35 @@ Callback = Callable[[ModuleType], None]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module with the finders behind it and runs the callback after the module's own code."""
+    """Finds one module with the finders behind it and runs the callback after the module's own code.
+
+    Looking for the module without importing it, and an import that fails, leave the finder in place.
+    """
 
     def __init__(self, name: str, callback: Callback) -> None:
         self.name = name
         self.callback = callback
+        self.looking = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != self.name:
+        if name != self.name or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.looking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.looking = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            self.callback(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.callback(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
