@@ -12,10 +12,12 @@ from ..after_import import after_import
 from ..ops import _library
 from .identity import fingerprint
 
-_COMPILER = "torch._inductor.compile_fx"  # loaded by everything that compiles with Inductor, before it looks at a graph
+# The first so that a `config.patch` around the first compilation restores our pass and not its absence; the second,
+# loaded before Inductor looks at any graph, for who set the slot between the two.
+_SLOT_MODULES = ("torch._inductor.config", "torch._inductor.compile_fx")
 
 
-def _on_compiler(module: ModuleType) -> None:
+def _on_slot(module: ModuleType) -> None:
     importlib.import_module("lowering.inductor.passes").install_pass()
 
 
@@ -32,4 +34,5 @@ def install() -> None:
     _library.TRACE_HOOKS.append(_on_trace)
     tag = torch.compiler.config.cache_key_tag
     torch.compiler.config.cache_key_tag = f"{tag}+diffulex-{fingerprint()}" if tag else f"diffulex-{fingerprint()}"
-    after_import(_COMPILER, _on_compiler)
+    for name in _SLOT_MODULES:
+        after_import(name, _on_slot)

@@ -10,7 +10,7 @@ from lowering.inductor.identity import fingerprint
 ROOT = Path(__file__).resolve().parents[3]
 
 PROBE = """
-import json, sys, torch
+import contextlib, json, sys, torch
 {before}
 import diffulex
 from lowering.inductor.install import install
@@ -23,26 +23,31 @@ state = dict(
     tag=torch.compiler.config.cache_key_tag,
 )
 {after}
+seen = globals().get("seen", [])
 
 def function(slots, weights):
     return torch.ops.diffulex.moe_combine(slots, weights)
 
 with torch.no_grad():
     args = (torch.randn(6, 4), torch.rand(3, 2))
-    out = torch.compile(function, options={options})(*args)
+    with {around}:
+        out = torch.compile(function, options={options})(*args)
 state.update(
     equal=torch.equal(out, function(*args)),
     lowered="lowering.inductor.lowerings" in sys.modules and "lowering.inductor.route_lowerings" in sys.modules,
-    seen=globals().get("seen", []),
+    seen=seen,
     inside=type(torch._inductor.config.joint_custom_pre_pass).__name__,
 )
 print(json.dumps(state))
 """
 
 
-def probe(before="", after="", options="{}"):
-    """What a fresh process says after the import and one compilation; `before`, `after`: lines around the import."""
-    code = PROBE.format(before=before, after=after, options=options)
+def probe(before="", after="", options="{}", around="contextlib.nullcontext()"):
+    """What a fresh process says after the import and one compilation.
+
+    `before`, `after`: lines around the import; `around`: the context of the compilation.
+    """
+    code = PROBE.format(before=before, after=after, options=options, around=around)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -85,6 +90,16 @@ def test_inductor_may_be_loaded_before_the_import():
 
 def test_lowerings_are_there_when_options_replace_the_pass():
     """The cache key keeps the tag then, which holds the fingerprint as well."""
-    state = probe("seen = []", options="{'joint_custom_pre_pass': lambda graph: seen.append(1)}")
+    state = probe(options="{'joint_custom_pre_pass': lambda graph: seen.append(1)}")
     assert state["seen"] == [1]
     assert (state["equal"], state["lowered"]) == (True, True)
+
+
+def test_a_patch_around_the_first_compilation_leaves_the_pass():
+    """What `config.patch` saves and restores has to be our pass, before anything was compiled too."""
+    state = probe(
+        after="import torch._inductor.config as config",
+        around="config.patch(joint_custom_pre_pass=lambda graph: seen.append(1))",
+    )
+    assert state["seen"] == [1]
+    assert (state["equal"], state["lowered"], state["inside"]) == (True, True, "MoEPasses")
