@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from typing import Any
 
@@ -69,8 +68,7 @@ def _routing(dispatch: Node) -> RoutingSpec | None:
     ids = origin(arguments(dispatch)["ids"])
     if not is_op(ids, operator.getitem) or not is_op(ids.args[0], moe.moe_route):
         return None
-    given = arguments(ids.args[0])
-    return RoutingSpec(**{field.name: given[field.name] for field in dataclasses.fields(RoutingSpec)})
+    return RoutingSpec.of_op(arguments(ids.args[0]))
 
 
 def _short_name(node: Node) -> str:

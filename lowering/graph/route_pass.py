@@ -88,8 +88,7 @@ def route_pass(graph: Graph, *, record: Callable[[RouteRecord], None] | None = N
 
 
 def _spec(route: Node) -> RoutingSpec:
-    given = arguments(route)
-    return RoutingSpec(**{field.name: given[field.name] for field in dataclasses.fields(RoutingSpec)})
+    return RoutingSpec.of_op(arguments(route))
 
 
 def _existing_route(dispatch: Node) -> Node | None:

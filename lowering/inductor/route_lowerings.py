@@ -48,7 +48,7 @@ def _moe_route(logits: Any, bias: Any, ids: Any, *options: Any) -> Any:
     reason = refusal(logits)
     if reason is not None:
         return fallback_noted(_OPS.moe_route.default, reason, logits, bias, ids, *options)
-    spec = RoutingSpec(*options)
+    spec = RoutingSpec(*options[:15])
     num_tokens, num_experts = logits.get_size()
     num_experts = _compat.static_size(num_experts)
     given = ids is not None

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import MoEUnsupportedError
 from ..spec import GROUP_SCORES, SCORES, RoutingSpec
 from ._checks import check_device, check_float, check_int, check_rank, check_size
 from ._library import register
@@ -36,7 +37,14 @@ def _validate(logits_TE: Tensor, bias_E: Tensor | None, ids_TK: Tensor | None, o
     check_rank(_NAME, "logits [T, E]", logits_TE, 2)
     check_float(_NAME, "logits", logits_TE)
     num_tokens, num_experts = logits_TE.shape
+    if len(options) > 9 and tuple(options[9:]) not in (
+        RoutingSpec(1).op_args()[9:],
+        (*RoutingSpec(1).op_args()[9:], None),
+    ):
+        hint = "Leave softcap and what follows it at the defaults."
+        raise MoEUnsupportedError.of(_NAME, expected="an option the kernels have", got=str(options[9:]), hint=hint)
     static = isinstance(num_experts, int)  # a symbolic E cannot be a cache key; T is never asked for
+    options = options[:15]
     spec = _checked_spec(num_experts, options) if static else RoutingSpec(*options)
     if not static:
         spec.check(num_experts)
@@ -225,7 +233,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Routing) -> None:
     logits_TE, _, ids_TK, *options = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(logits_TE, output[1])
-    ctx.spec, ctx.given = RoutingSpec(*options), ids_TK is not None
+    ctx.spec, ctx.given = RoutingSpec(*options[:15]), ids_TK is not None
 
 
 def _spread(values_TK: Tensor, ids_TK: Tensor, num_experts: int, given: bool) -> Tensor:
@@ -273,7 +281,7 @@ def _backward(ctx: Any, grad_TK: Tensor, _: Tensor | None) -> tuple[Tensor | Non
     else:
         mean_T1 = (grad_TK * scores_TK).sum(1, keepdim=True)
         grad_TE = scores_TE * (_spread(grad_TK, ids_TK, num_experts, given) - mean_T1)
-    return grad_TE.to(logits_TE.dtype), *[None] * 11
+    return grad_TE.to(logits_TE.dtype), *[None] * 18
 
 
 moe_route = register("moe_route", cpu=_cpu, cuda=_cuda, fake=_fake, setup_context=_setup_context, backward=_backward)

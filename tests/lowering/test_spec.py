@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lowering.errors import MoEOptionError, MoERangeError
 from lowering.ops._library import SCHEMAS
-from lowering.spec import GROUP_FILLS, GROUP_SCORES, SCORES, ExpertSpec, RoutingSpec
+from lowering.spec import GROUP_FILLS, GROUP_SCORES, OP_OPTIONS, SCORES, ExpertSpec, RoutingSpec
 from tests.support.catalogue import raises_catalogue
 
 WHERE = "diffulex::moe_route"
@@ -87,18 +87,28 @@ def schema_options():
 
 
 def test_op_args_follow_the_schema():
-    fields = dataclasses.fields(RoutingSpec)
+    fields = {field.name: field for field in dataclasses.fields(RoutingSpec)}
     options = schema_options()
-    assert [field.name for field in fields] == [name for _, name, _ in options]
-    assert [field.type for field in fields] == [kind for kind, _, _ in options]
+    assert list(OP_OPTIONS) == [name for _, name, _ in options]
+    assert list(OP_OPTIONS) == list(fields)[: len(OP_OPTIONS)]
+    assert [fields[name].type for name in OP_OPTIONS] == [kind for kind, _, _ in options]
     defaults = RoutingSpec(2).op_args()[1:]
     assert [str(value) for value in defaults] == [default for _, _, default in options][1:]
 
 
 def test_op_args_keep_every_value():
-    spec = RoutingSpec(3, "sigmoid", 4, 2, "max", "0", False, 1e-20, 2.5)
-    assert spec.op_args() == (3, "sigmoid", 4, 2, "max", "0", False, 1e-20, 2.5)
+    args = (3, "sigmoid", 4, 2, "max", "0", 2.0, 1e-20, 2.5, 30.0, "bfloat16", "logits", True, "clamp_min", 2)
+    spec = RoutingSpec(*args)
+    assert spec.op_args() == args and len(args) == len(OP_OPTIONS)
     assert RoutingSpec(*spec.op_args()) == spec
+    assert RoutingSpec.of_op({**dict(zip(OP_OPTIONS, args, strict=True)), "logits": None}) == spec
+
+
+@pytest.mark.parametrize(("top_k", "renorm"), [(1, 0.0), (2, 1.0)])
+def test_one_expert_may_be_exempt_from_the_division(top_k, renorm):
+    spec = RoutingSpec(top_k, renorm_if_k1=False)
+    assert RoutingSpec(*spec.op_args()).renorm == renorm
+    assert RoutingSpec(*RoutingSpec(top_k).op_args()).renorm == 1
 
 
 @pytest.mark.parametrize("spec", [RoutingSpec(2), ExpertSpec(8, 4, 6, "swiglu")], ids=lambda s: type(s).__name__)

@@ -1,6 +1,5 @@
 """`diffulex::moe_route` against its oracle: selection, ties, groups, NaN, given ids, gradients; what it refuses."""
 
-import dataclasses
 import math
 import sys
 from unittest import mock
@@ -14,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from lowering.errors import MoEDeviceError, MoEDtypeError, MoEOptionError, MoERangeError, MoEShapeError
 from lowering.ops import moe_route
 from lowering.reference.moe_route import moe_route_reference
-from lowering.spec import GROUP_FILLS, GROUP_SCORES, SCORES, RoutingSpec
+from lowering.spec import GROUP_FILLS, GROUP_SCORES, OP_OPTIONS, SCORES, RoutingSpec
 from lowering.templates import standalone
 from lowering.templates.render import template_text
 from tests.support.catalogue import assert_refused
@@ -478,7 +477,12 @@ def test_opcheck(case, grad, device):
 
 # --- refusals --------------------------------------------------------------------------------------------------------
 
-GOOD = {"logits": torch.zeros(5, 8), "bias": None, "ids": None, **dataclasses.asdict(RoutingSpec(2))}
+GOOD = {
+    "logits": torch.zeros(5, 8),
+    "bias": None,
+    "ids": None,
+    **dict(zip(OP_OPTIONS, RoutingSpec(2).op_args(), strict=True)),
+}
 BAD = {
     "logits_rank": ({"logits": torch.zeros(1, 5, 8)}, MoEShapeError, "(1, 5, 8)"),
     "logits_dtype": ({"logits": torch.zeros(5, 8, dtype=torch.int32)}, MoEDtypeError, "torch.int32"),
