@@ -63,6 +63,20 @@ class MoEConfigError(MoEErrorMixin, ValueError):
     code = "MOE007"
 
 
+class MoECheckpointError(MoEErrorMixin, ValueError):
+    """A checkpoint does not hold the weights asked for; the attributes list every tensor, the message one of each kind.
+
+    missing     names that are not there
+    unexpected  names that are there and belong to nothing
+    misshapen   names whose shape or dtype does not fit, with what was expected and what came
+    """
+
+    code = "MOE008"
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    misshapen: tuple[str, ...] = ()
+
+
 class ReasonCode(enum.Enum):
     """Why something was not captured, fused or lowered. `explain` prints these; there is no UNKNOWN."""
 

@@ -16,6 +16,8 @@ BASES = {
     "MoERangeError": (ValueError, "MOE004"),
     "MoEOptionError": (ValueError, "MOE005"),
     "MoEUnsupportedError": (ValueError, "MOE006"),
+    "MoEConfigError": (ValueError, "MOE007"),
+    "MoECheckpointError": (ValueError, "MOE008"),
 }
 CATALOGUE = {
     name: kind
