@@ -1,6 +1,7 @@
 """The environment variables of diffulex and lowering, at most five, all read here and once, at import.
 
 DIFFULEX_DISABLE=1   start switched off, as inside `diffulex.disabled()`.
+DIFFULEX_DEBUG=1     check the metadata of MoE layers (`diffulex.moe.metadata`) whenever it is made.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ class Settings:
     """What the environment asked for when the process started.
 
     disable  start switched off (DIFFULEX_DISABLE)
+    debug    check metadata where it is made (DIFFULEX_DEBUG)
     """
 
     disable: bool = False
+    debug: bool = False
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
     """Read the variables from `environ`; a value without a meaning raises `MoEOptionError` instead of being ignored."""
-    return Settings(disable=_flag(environ, "DIFFULEX_DISABLE"))
+    return Settings(disable=_flag(environ, "DIFFULEX_DISABLE"), debug=_flag(environ, "DIFFULEX_DEBUG"))
 
 
 def _flag(environ: Mapping[str, str], name: str) -> bool:
