@@ -241,25 +241,37 @@ def split_gate(pre_NJ: Tensor, act: str, *, interleaved: bool) -> tuple[Tensor, 
     return pre_NJ[:, :half], pre_NJ[:, half:]
 
 
-def _interpret(node: ast.expr, gate_NI: Tensor, up_NI: Tensor) -> Any:
-    """Value of a checked tree: a tensor [N, I], or a number where no operand is a tensor."""
+def _build(node: ast.expr) -> Callable[[Tensor, Tensor], Any]:
+    """A checked tree as a function of gate and up [N, I]: a tensor, or a number where no operand is a tensor."""
     match node:
         case ast.Constant(value=int() | float() as value):
-            return float(value)
-        case ast.Name(id=name):
-            return gate_NI if name == "g" else up_NI
+            number = float(value)
+            return lambda gate, up: number
+        case ast.Name(id="g"):
+            return lambda gate, up: gate
+        case ast.Name():
+            return lambda gate, up: up
         case ast.UnaryOp(operand=operand):
-            return -_interpret(operand, gate_NI, up_NI)
+            inner = _build(operand)
+            return lambda gate, up: -inner(gate, up)
         case ast.BinOp(left=left, op=op, right=right):
-            return _ARITHMETIC[type(op)](_interpret(left, gate_NI, up_NI), _interpret(right, gate_NI, up_NI))
+            apply, first, second = _ARITHMETIC[type(op)], _build(left), _build(right)
+            return lambda gate, up: apply(first(gate, up), second(gate, up))
         case ast.Call(func=ast.Name(id=name), args=args):
-            return FUNCTIONS[name][0](*(_interpret(arg, gate_NI, up_NI) for arg in args))
+            call, inputs = FUNCTIONS[name][0], tuple(map(_build, args))
+            return lambda gate, up: call(*(argument(gate, up) for argument in inputs))
     raise AssertionError(f"unreachable: {ast.dump(node)}")
+
+
+@functools.lru_cache(maxsize=512)
+def as_function(act: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The activation as a function of gate and up [N, I] in one floating dtype, which Dynamo can look into."""
+    return _build(_parse(act))
 
 
 def evaluate(act: str, gate_NI: Tensor, up_NI: Tensor) -> Tensor:
     """The activation [N, I] of gate and up [N, I] in their own floating dtype."""
-    return _interpret(_parse(act), gate_NI, up_NI)
+    return as_function(act)(gate_NI, up_NI)
 
 
 def _text(template: str, **parts: ast.expr) -> ast.expr:
@@ -329,13 +341,13 @@ def _derive(node: ast.expr, name: str) -> ast.expr:
 
 
 @functools.lru_cache(maxsize=512)
-def _derivative_tree(act: str, name: str) -> ast.expr:
-    return _derive(_parse(act), name)
+def _derivative_function(act: str, name: str) -> Callable[[Tensor, Tensor], Any]:
+    return _build(_derive(_parse(act), name))
 
 
 def derivative(act: str, name: str, gate_NI: Tensor, up_NI: Tensor) -> Tensor:
     """d act / d g (`name="g"`) or d act / d u (`name="u"`), [N, I] in the dtype of the inputs."""
-    value = _interpret(_derivative_tree(act, name), gate_NI, up_NI)
+    value = _derivative_function(act, name)(gate_NI, up_NI)
     return value if isinstance(value, Tensor) else torch.full_like(gate_NI, value)
 
 

@@ -15,6 +15,7 @@ from lowering.activation import (
     IDENTITY,
     MAX_FORMULA_DEPTH,
     MAX_FORMULA_LENGTH,
+    as_function,
     canonical,
     derivative,
     evaluate,
@@ -497,3 +498,13 @@ def test_nan_stays_where_it_is(act):
     assert dirty[1, 2].isnan()
     dirty[1, 2] = clean[1, 2]
     assert torch.equal(clean, dirty)
+
+
+@pytest.mark.parametrize("act", ALIASES)
+def test_dynamo_looks_into_the_function(act):
+    """Shared experts apply their formula in the open, for Inductor to fuse; `fullgraph` raises where it breaks."""
+    function = as_function(act)
+    gate_NI, up_NI = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda gate, up: function(gate, up), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(gate_NI, up_NI), evaluate(act, gate_NI, up_NI))
