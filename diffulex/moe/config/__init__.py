@@ -27,6 +27,7 @@ __all__ = [
     "get_num_experts",
     "get_num_experts_per_tok",
     "get_routing_spec",
+    "get_shared_expert_act",
     "get_shared_experts",
     "is_moe_layer",
 ]
@@ -70,6 +71,11 @@ def get_shared_experts(
     The dense MLP that Gemma 4 runs in parallel, behind norms of its own, is not one.
     """
     return agreed(_specs.shared_experts, config, layer_idx, side=side)
+
+
+def get_shared_expert_act(config: Any, layer_idx: int | None = None, *, side: str | None = None) -> str:
+    """Activation of the shared experts as a formula of `lowering.activation`, whether the layer has any or not."""
+    return agreed(_specs.shared_expert_act, config, layer_idx, side=side)
 
 
 def get_routing_spec(config: Any, layer_idx: int | None = None, *, side: str | None = None) -> RoutingSpec:

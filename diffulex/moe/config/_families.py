@@ -29,11 +29,18 @@ ACT = ("hidden_act", "hidden_activation", "activation_function", "dense_act_fn",
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """Shared experts of a family: names or fixed numbers; `width` () means the width of the routed experts."""
+    """Shared experts of a family: names or fixed numbers; `width` () means the width of the routed experts.
+
+    clamp, limit   as in `Family`, where they are not those of the routed experts
+    combine        attribute that says "sum" or "average"; "" means a sum
+    """
 
     count: tuple[str, ...] | int = SHARED_COUNT
     width: tuple[str, ...] = ()
     gate: str = "none"
+    clamp: str | None = None
+    limit: str = ""
+    combine: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +152,7 @@ FAMILIES: dict[str, Family] = {
         score="expert_selection_fn",
         norm={"softmax": True, "sigmoid": NORM},
         scale=(),
-        shared=Shared(),
+        shared=Shared(combine="shared_expert_combination_strategy"),
     ),
     "dbrx": Family(
         count=("ffn_config.moe_num_experts",),
@@ -209,7 +216,7 @@ FAMILIES: dict[str, Family] = {
     "granitemoeshared": _GRANITE,
     "hunyuan_v1_moe": _but(_MIXTRAL, shared=_ONE_SHARED),
     "hy_v3": _but(_SIGMOID, placement="mlp_layer_types", eps=1e-20, scale=("router_scaling_factor",), shared=Shared()),
-    "hy_v4": _but(_DEEPSEEK_TYPES, act="silu", clamp="before"),
+    "hy_v4": _but(_DEEPSEEK_TYPES, act="silu", clamp="before", shared=Shared(clamp="")),
     "inkling2_text": Family(
         placement="all",
         score="scoring_func",
@@ -349,7 +356,7 @@ FAMILIES: dict[str, Family] = {
         scale=("moe_router_scaling_factor",),
         clamp="after",
         limit="swiglu_limits",
-        shared=Shared(count=1, width=("share_expert_dim",)),
+        shared=Shared(count=1, width=("share_expert_dim",), limit="swiglu_limits_shared"),
     ),
     "switch_transformers": Family(
         top_k=1,

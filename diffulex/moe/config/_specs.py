@@ -14,6 +14,7 @@ from ._families import DENSE_WIDTH, GENERIC, GROUPS, SHARED_COUNT, SHARED_WIDTH,
 from ._read import MISSING, Facts
 
 GATES = ("none", "sigmoid", "router")
+COMBINES = ("sum", "average")
 # transformers' names of activations -> formula of g
 _ACTS = {
     "silu": "silu(g)",
@@ -35,13 +36,15 @@ _ACTS = {
 class SharedExpertSpec:
     """Experts every token passes through: `count` of them, each `width` wide, as one MLP or several.
 
-    gate   "none": added as they are; "sigmoid": times the sigmoid of a linear gate (Qwen2-MoE);
-           "router": times a weight from the router (Inkling)
+    gate     "none": added as they are; "sigmoid": times the sigmoid of a linear gate (Qwen2-MoE);
+             "router": times a weight from the router (Inkling)
+    combine  "sum": of the routed and the shared experts; "average": half of it (Cohere 2)
     """
 
     count: int
     width: int
     gate: str = "none"
+    combine: str = "sum"
 
     @property
     def total_width(self) -> int:
@@ -115,7 +118,20 @@ def shared_experts(facts: Facts) -> SharedExpertSpec | None:
     if width in (MISSING, None, 0):
         return None
     count, width = (facts.of_layer(value, what="shared experts") for value in (count, width))
-    return SharedExpertSpec(count, width, rule.gate)
+    combine = facts.get((rule.combine,)) if rule.combine else "sum"
+    if combine not in COMBINES:
+        raise facts.error(f"{rule.combine} in {COMBINES}", got=repr(combine), hint="Correct it.")
+    return SharedExpertSpec(count, width, rule.gate, combine)
+
+
+def shared_expert_act(facts: Facts) -> str:
+    """Activation of the shared experts: that of the routed ones, unless the family clamps them differently."""
+    rule = facts.family.shared
+    if not isinstance(rule, Shared):
+        return _formula(facts)
+    clamp = facts.family.clamp if rule.clamp is None else rule.clamp
+    family = dataclasses.replace(facts.family, clamp=clamp, limit=rule.limit or facts.family.limit)
+    return _formula(dataclasses.replace(facts, family=family))
 
 
 def _generic_shared(facts: Facts) -> Shared:

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-def build_topk_router(impl: str, spec: RoutingSpec, *, num_experts: int, **factory: Any) -> TopKRouter:
+def build_topk_router(impl: str, spec: RoutingSpec, num_experts: int, **factory: Any) -> TopKRouter:
     """The router of a spec; `factory` is `device` and `dtype` of its parameters.
 
     impl   "triton": `GroupLimitedTopKRouter` where the spec has groups, else `NaiveTopKRouter`;

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowering.reference.moe_route import moe_route_reference
+from lowering.spec import RoutingSpec
 
 from .base import TopKRouter
 
@@ -19,6 +20,11 @@ class ReferenceTopKRouter(TopKRouter):
         given = {} if self.per_expert_scale is None else {"per_expert_scale_E": self.per_expert_scale}
         wide = torch.promote_types(logits_TE.dtype, torch.float32)
         weights_TK, chosen_TK = moe_route_reference(
-            logits_TE, self.spec, bias_E=self.correction_bias, ids_TK=ids_TK, dtype=wide, **given
+            logits_TE,
+            RoutingSpec(*self.spec.op_args()),
+            bias_E=self.correction_bias,
+            ids_TK=ids_TK,
+            dtype=wide,
+            **given,
         )
         return weights_TK.to(logits_TE.device), chosen_TK.to(logits_TE.device)

@@ -1,0 +1,92 @@
+"""The routed experts, once per implementation: `run(hidden, weights, ids, experts) -> [T, H]`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowering import ops
+from lowering.reference.moe_block import ExpertWeights, moe_block_reference
+
+from ..metadata import ExpertExecutionMetadata
+from .spec import MoESpec
+
+
+class RunExperts(Protocol):
+    """An implementation of the routed experts."""
+
+    def __call__(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+        """[T, H] in the dtype of hidden [T, H], for weights [T, K] floating and ids [T, K] int."""
+
+
+def run_ops(hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+    """The experts through the ops, which torch.compile captures and fuses.
+
+    hidden [T, H] floating, weights [T, K] floating, ids [T, K] int; ids outside [0, E) contribute nothing.
+    Returns [T, H] in the dtype of hidden, which is that of the experts. Differentiable.
+    """
+    plan = ExpertExecutionMetadata.from_topk_ids(ids_TK, experts.w13_EJH.shape[0])
+    order_N, offsets_E1 = plan.sorted_slot_ids, plan.seg_indptr
+    act_NI = ops.moe_expert_up(
+        hidden_TH,
+        experts.w13_EJH,
+        experts.b13_EJ,
+        order_N,
+        offsets_E1,
+        plan.top_k,
+        experts.act,
+        experts.interleaved,
+    )
+    slots_NH = ops.moe_expert_down(act_NI, experts.w2_EHI, experts.b2_EH, order_N, offsets_E1)
+    return ops.moe_combine(slots_NH, weights_TK)
+
+
+@torch.compiler.disable(reason="the naive loop reads expert ids on the host")
+def run_naive(hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+    """The experts as a loop over tokens that accumulates in fp32 (fp64 for fp64): the oracle; arguments as `run_ops`.
+
+    hidden [T, H] and weights [T, K] floating, ids [T, K] int. Returns [T, H] in the dtype of hidden.
+    """
+    wide = torch.promote_types(hidden_TH.dtype, torch.float32)
+    return moe_block_reference(hidden_TH, weights_TK, ids_TK, experts=experts, dtype=wide).to(hidden_TH.dtype)
+
+
+def weight_on_input(run: RunExperts) -> RunExperts:
+    """The same experts with the weight multiplied on their input instead of their output (Llama 4).
+
+    An activation is not linear, so weighting the input is not weighting the output. For K = 1 it is one product with
+    the hidden states. For K > 1 a token has a different input for each of its experts: hidden is expanded to the slots
+    [T*K, H], each a token of its own with one expert of weight 1, and the K results are added up.
+    """
+
+    def weighted(hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+        num_tokens, top_k = ids_TK.shape
+        inputs_TKH = hidden_TH.unsqueeze(1) * weights_TK.unsqueeze(2)
+        inputs_NH = inputs_TKH.to(hidden_TH.dtype).reshape(num_tokens * top_k, hidden_TH.shape[1])
+        ones_N1 = weights_TK.new_ones(num_tokens * top_k, 1)
+        slots_NH = run(inputs_NH, ones_N1, ids_TK.reshape(num_tokens * top_k, 1), experts=experts)
+        if top_k == 1:
+            return slots_NH
+        wide = torch.promote_types(slots_NH.dtype, torch.float32)
+        return slots_NH.view(num_tokens, top_k, slots_NH.shape[1]).sum(1, dtype=wide).to(slots_NH.dtype)
+
+    return weighted
+
+
+def experts_function(spec: MoESpec) -> RunExperts:
+    """The implementation a spec asks for; nothing falls back to another one.
+
+    Raises `MoEUnsupportedError` where vLLM is asked for and is absent, has other signatures, or lacks what the spec
+    needs.
+    """
+    if spec.moe_gemm_impl == "naive":
+        run: RunExperts = run_naive
+    elif spec.moe_gemm_impl in ("vllm", "vllm_modular"):
+        from ...integrations.vllm import vllm_experts
+
+        run = vllm_experts(spec.moe_gemm_impl, spec.experts, spec.routing.top_k)
+    else:
+        run = run_ops
+    return weight_on_input(run) if spec.routing.apply_weight_on == "input" else run
