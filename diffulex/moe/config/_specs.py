@@ -223,7 +223,7 @@ def expert_spec(facts: Facts) -> ExpertSpec:
     family = facts.family
     _refuse(facts, family.experts, spec="ExpertSpec")
     dtype = facts.get(("dtype", "torch_dtype"))
-    stated = {} if dtype in (MISSING, None) else {"dtype": str(dtype).removeprefix("torch.")}
+    stated: dict[str, Any] = {} if dtype in (MISSING, None) else {"dtype": str(dtype).removeprefix("torch.")}
     return ExpertSpec(
         num_experts=num_experts(facts),
         hidden_size=facts.number(family.hidden, what="the hidden size"),

@@ -86,7 +86,7 @@ def experts_function(spec: MoESpec) -> RunExperts:
     elif spec.moe_gemm_impl in ("vllm", "vllm_modular"):
         from ...integrations.vllm import vllm_experts
 
-        run = vllm_experts(spec.moe_gemm_impl, spec.experts, spec.routing.top_k)
+        run = vllm_experts(spec.moe_gemm_impl, spec.experts)
     else:
         run = run_ops
     return weight_on_input(run) if spec.routing.apply_weight_on == "input" else run

@@ -31,6 +31,7 @@ class RouterGate(nn.Module):
     input_scale  [H], where `spec.input_norm_eps` is given (Gemma 4): behind an RMS norm without weight
     """
 
+    weight: Tensor
     bias: Tensor | None
     input_scale: Tensor | None
 
