@@ -16,12 +16,12 @@ from .errors import MoEOptionError, MoERangeError
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 GROUP_SCORES = ("max", "top2_sum")
 GROUP_FILLS = ("-inf", "0")
-SCORE_DTYPES = ("float32", "bfloat16", "float16")
+SCORE_DTYPES = ("float32", "bfloat16", "float16", "logits")
 EPS_MODES = ("add", "clamp_min")
 SELECTS = ("scores", "logits")
 NULLS = ("identity", "skip")
 WEIGHT_PLACES = ("output", "input")
-DTYPES = (None, *SCORE_DTYPES, "float64")
+DTYPES = (None, "float32", "bfloat16", "float16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,9 @@ class RoutingSpec:
 
     softcap      z = softcap * tanh(logits / softcap); 0 for none
     score        s = softmax(z) | sigmoid(z) | sqrt(softplus(z)), in fp32
-    score_dtype  s, s + bias and the sums of groups are rounded to it
-    select_on    experts are chosen by "scores" s + bias, or by "logits" z + bias
+    score_dtype  s is rounded to it ("logits": their dtype), s + bias and the sums of groups to the wider of it and the
+                 dtype of the bias; "float32" rounds nothing
+    select_on    experts are chosen by "scores" s + bias, or by "logits" z + bias in fp32
     n_group      experts are split into this many groups; 1 means no groups (DeepSeek-V2/V3)
     topk_group   groups kept; the others get `group_fill` before the selection
     group_score  score of a group: "max" (DeepSeek-V2) or "top2_sum" (DeepSeek-V3)
@@ -41,7 +42,7 @@ class RoutingSpec:
     n_shared     so many columns behind the experts' are weighted with every choice, without bias (Inkling): weights
                  [T, K + n_shared], ids E, E + 1, ... in those columns
     renorm       p: w is divided by its p-norm over a token's experts; 1 means the plain sum, 0 no division
-    eps          "add" (`eps_mode`): to the norm; "clamp_min": the norm is at least this
+    eps          "add" (`eps_mode`): to the norm; "clamp_min": the norm is at least this; 0 is neither
     scale        factor on the final weights (routed_scaling_factor)
 
     `renorm_if_k1` False leaves the division out where top_k = 1. Resolved in `op_args`.
@@ -103,6 +104,11 @@ class RoutingSpec:
         """Columns of the op's results: K + n_shared."""
         return self.top_k + self.n_shared
 
+    @property
+    def norm(self) -> float:
+        """`renorm`, 0 where `renorm_if_k1` leaves the division out."""
+        return float(self.renorm) if self.renorm_if_k1 or self.top_k > 1 else 0.0
+
     def num_logits(self, num_experts: int) -> int:
         """Columns of the logits, E + num_null + n_shared."""
         return num_experts + self.num_null + self.n_shared
@@ -111,9 +117,8 @@ class RoutingSpec:
         """The scalar arguments of `diffulex::moe_route`, in schema order."""
         # not `dataclasses.astuple`: it copies deeply, and Dynamo breaks the graph there in torch 2.11
         choice = (self.top_k, self.score, self.n_group, self.topk_group, self.group_score, self.group_fill)
-        renorm = float(self.renorm) if self.renorm_if_k1 or self.top_k > 1 else 0.0
         scores = (self.softcap, self.score_dtype, self.select_on, self.bias_in_weights)
-        return (*choice, renorm, self.eps, self.scale, *scores, self.eps_mode, self.n_shared)
+        return (*choice, self.norm, self.eps, self.scale, *scores, self.eps_mode, self.n_shared)
 
     def check(self, num_experts: int) -> None:
         """Raise `MoERangeError` or `MoEOptionError` where the options have no meaning for `num_experts`."""
@@ -155,8 +160,8 @@ class RoutingSpec:
             parts[0] += f" by {self.select_on}"
         if self.n_group > 1:
             parts.append(f"{self.topk_group} of {self.n_group} groups by {self.group_score}, others {self.group_fill}")
-        if self.renorm:
-            norm = "renorm" if self.renorm == 1 else f"renorm by {self.renorm:g}-norm"
+        if self.norm:
+            norm = "renorm" if self.norm == 1 else f"renorm by {self.norm:g}-norm"
             sign = "+" if self.eps_mode == "add" else ">="
             parts.append(f"{norm} {sign} {self.eps:g}" if self.eps else norm)
         if self.scale != 1:

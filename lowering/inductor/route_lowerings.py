@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..ops.moe_dispatch import dispatch_constants, dispatch_schedule
-from ..ops.moe_route import route_constants, route_schedule
+from ..ops.moe_route import route_constants, route_schedule, split_options
 from ..spec import RoutingSpec
 from ..templates.render import template_text
 from . import _compat
@@ -48,19 +48,27 @@ def _moe_route(logits: Any, bias: Any, ids: Any, *options: Any) -> Any:
     reason = refusal(logits)
     if reason is not None:
         return fallback_noted(_OPS.moe_route.default, reason, logits, bias, ids, *options)
-    spec = RoutingSpec(*options[:15])
-    num_tokens, num_experts = logits.get_size()
-    num_experts = _compat.static_size(num_experts)
-    given = ids is not None
-    constants = route_constants(spec, num_experts, bias=bias is not None, ids=given)
-    schedule, num_warps = route_schedule(num_tokens if isinstance(num_tokens, int) else 64, num_experts)
-    ids_out = _empty(logits, [num_tokens, spec.top_k], torch.int32)
-    extra = [ids] if given else [bias] if bias is not None else []
+    options, per_expert_scale = split_options(options)
+    spec = RoutingSpec(*options)
+    num_tokens, num_columns = logits.get_size()
+    num_columns = _compat.static_size(num_columns)
+    constants = route_constants(
+        spec,
+        num_columns,
+        logits=logits.get_dtype(),
+        bias=None if bias is None else bias.get_dtype(),
+        ids=ids is not None,
+        per_expert_scale=per_expert_scale is not None,
+    )
+    schedule, num_warps = route_schedule(num_tokens if isinstance(num_tokens, int) else 64, num_columns)
+    ids_out = _empty(logits, [num_tokens, spec.num_weights], torch.int32)
+    wanted = ((constants["HAS_BIAS"] or constants["BIAS_WEIGHS"], bias), (True, per_expert_scale), (True, ids))
+    extra = [tensor for is_read, tensor in wanted if is_read and tensor is not None]
     inputs = _compat.realize_inputs(logits, *extra, ids_out)
     weights = _compat.run_template(
         _template("moe_route", _route_grid),
         inputs,
-        _compat.fixed_layout(logits, torch.float32, [num_tokens, spec.top_k]),
+        _compat.fixed_layout(logits, torch.float32, [num_tokens, spec.num_weights]),
         num_warps=num_warps,
         num_stages=1,
         constants=constants | schedule,

@@ -11,43 +11,69 @@ from ..spec import RoutingSpec
 
 
 def moe_route_reference(
-    logits_TE: Tensor,
+    logits_TC: Tensor,
     spec: RoutingSpec,
     *,
     bias_E: Tensor | None = None,
     ids_TK: Tensor | None = None,
+    per_expert_scale_E: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """weights_TK [T, K] in `dtype` and ids_TK [T, K] int32 for logits [T, E] of any floating dtype.
+    """weights_TW [T, K + n_shared] in `dtype` and ids_TW [T, K + n_shared] int32 for logits [T, E + n_shared] of any
+    floating dtype.
 
     The K experts with the greatest score + bias [E], in descending order; the lowest index wins a tie and NaN counts as
-    the greatest. Given ids [T, K] replace the selection; those outside [0, E) come back as E and weigh nothing.
+    the greatest. Given ids [T, K] replace the selection; those outside [0, E) come back as E + n_shared and weigh
+    nothing. Shared columns follow, with ids E, E + 1, ... The scale [E] multiplies the weights last.
     """
-    num_tokens, num_experts = logits_TE.shape
+    num_tokens, num_columns = logits_TC.shape
+    num_experts = num_columns - spec.n_shared
     spec.check(num_experts)
-    weights_TK = torch.zeros(num_tokens, spec.top_k, dtype=dtype)
-    chosen_TK = torch.zeros(num_tokens, spec.top_k, dtype=torch.int32)
+    score_dtype = logits_TC.dtype if spec.score_dtype == "logits" else getattr(torch, spec.score_dtype)
+    biased_dtype = score_dtype if bias_E is None else torch.promote_types(score_dtype, bias_E.dtype)
+    weights_TW = torch.zeros(num_tokens, spec.top_k + spec.n_shared, dtype=dtype)
+    chosen_TW = torch.zeros(num_tokens, spec.top_k + spec.n_shared, dtype=torch.int32)
     for token in range(num_tokens):
-        scores_E = _scores(logits_TE[token].to(dtype), spec.score)
+        capped_C = _capped(logits_TC[token].to(dtype), spec.softcap)
+        scores_C = _rounded(_scores(capped_C, spec.score), score_dtype)
+        biased_E = scores_C[:num_experts]
+        if bias_E is not None:
+            biased_E = _rounded(biased_E + bias_E.to(dtype), biased_dtype)
+        on_E = biased_E
+        if spec.select_on == "logits":
+            on_E = capped_C[:num_experts] if bias_E is None else capped_C[:num_experts] + bias_E.to(dtype)
         if ids_TK is not None:
-            chosen = [i if 0 <= i < num_experts else num_experts for i in ids_TK[token].tolist()]
+            chosen = [i if 0 <= i < num_experts else num_columns for i in ids_TK[token].tolist()]
         else:
-            biased_E = scores_E if bias_E is None else scores_E + bias_E.to(dtype)
-            chosen = _greatest(_outside_groups_filled(biased_E, spec), spec.top_k)
-        weights_TK[token] = _weights(scores_E, chosen, spec)
-        chosen_TK[token] = torch.tensor(chosen)
-    return weights_TK, chosen_TK
+            rounded_to = biased_dtype if spec.select_on == "scores" else dtype
+            chosen = _greatest(_outside_groups_filled(on_E, spec, rounded_to), spec.top_k)
+        chosen += range(num_experts, num_columns)
+        weighed_C = torch.cat([biased_E, scores_C[num_experts:]]) if spec.bias_in_weights else scores_C
+        weights_TW[token] = _weights(weighed_C, chosen, spec)
+        for k in range(spec.top_k):
+            if per_expert_scale_E is not None and chosen[k] < num_experts:
+                weights_TW[token, k] *= per_expert_scale_E[chosen[k]].to(dtype)
+        chosen_TW[token] = torch.tensor(chosen)
+    return weights_TW, chosen_TW
 
 
-def _scores(logits_E: Tensor, score: str) -> Tensor:
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to(dtype).to(values.dtype) if dtype in (torch.float16, torch.bfloat16) else values
+
+
+def _capped(logits_C: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(logits_C / softcap) if softcap else logits_C
+
+
+def _scores(logits_C: Tensor, score: str) -> Tensor:
     if score == "softmax":
-        return torch.softmax(logits_E, 0)
+        return torch.softmax(logits_C, 0)
     if score == "sigmoid":
-        return torch.sigmoid(logits_E)
-    return torch.sqrt(torch.nn.functional.softplus(logits_E))
+        return torch.sigmoid(logits_C)
+    return torch.sqrt(torch.nn.functional.softplus(logits_C))
 
 
-def _outside_groups_filled(biased_E: Tensor, spec: RoutingSpec) -> list[float]:
+def _outside_groups_filled(biased_E: Tensor, spec: RoutingSpec, rounded_to: torch.dtype) -> list[float]:
     """Selection scores, with `group_fill` for the experts of the groups that were not kept."""
     values = biased_E.tolist()
     if spec.n_group == 1:
@@ -58,7 +84,7 @@ def _outside_groups_filled(biased_E: Tensor, spec: RoutingSpec) -> list[float]:
         members = biased_E[group * size : (group + 1) * size]
         best = [members[i] for i in _greatest(members.tolist(), min(2, size))]
         top2 = spec.group_score == "top2_sum" and size > 1
-        group_scores.append(float(best[0] + best[1]) if top2 else float(best[0]))
+        group_scores.append(float(_rounded(best[0] + best[1], rounded_to)) if top2 else float(best[0]))
     kept = _greatest(group_scores, spec.topk_group)
     return [value if i // size in kept else float(spec.group_fill) for i, value in enumerate(values)]
 
@@ -81,14 +107,21 @@ def _above(value: float, other: float) -> bool:
     return math.isnan(value) or value > other
 
 
-def _weights(scores_E: Tensor, chosen: list[int], spec: RoutingSpec) -> Tensor:
-    total = torch.zeros((), dtype=scores_E.dtype)
-    for expert in chosen:
-        if expert < len(scores_E):
-            total = total + scores_E[expert]
-    weights_K = torch.zeros(len(chosen), dtype=scores_E.dtype)
-    for k, expert in enumerate(chosen):
-        if expert < len(scores_E):
-            weight = scores_E[expert] / (total + spec.eps) if spec.renorm else scores_E[expert]
-            weights_K[k] = weight * spec.scale
-    return weights_K
+def _weights(scores_C: Tensor, chosen: list[int], spec: RoutingSpec) -> Tensor:
+    valid = [k for k, column in enumerate(chosen) if column < len(scores_C)]
+    chosen_V = scores_C[[chosen[k] for k in valid]]
+    divisor = _divisor(chosen_V, spec) if spec.norm else torch.ones((), dtype=scores_C.dtype)
+    weights_W = torch.zeros(len(chosen), dtype=scores_C.dtype)
+    for k, weight in zip(valid, chosen_V, strict=True):
+        weights_W[k] = weight / divisor * spec.scale
+    return weights_W
+
+
+def _divisor(chosen_V: Tensor, spec: RoutingSpec) -> Tensor:
+    total = torch.zeros((), dtype=chosen_V.dtype if spec.norm == 1 else torch.float64)
+    for weight in chosen_V:
+        total = total + (weight if spec.norm == 1 else weight.double().abs() ** spec.norm)
+    norm = (total if spec.norm == 1 else total ** (1 / spec.norm)).to(chosen_V.dtype)
+    if not spec.eps:
+        return norm
+    return norm + spec.eps if spec.eps_mode == "add" else torch.clamp_min(norm, spec.eps)

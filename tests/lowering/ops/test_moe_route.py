@@ -6,22 +6,32 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lowering.errors import MoEDeviceError, MoEDtypeError, MoEOptionError, MoERangeError, MoEShapeError
 from lowering.ops import moe_route
 from lowering.reference.moe_route import moe_route_reference
-from lowering.spec import GROUP_FILLS, GROUP_SCORES, OP_OPTIONS, SCORES, RoutingSpec
+from lowering.spec import OP_OPTIONS, SCORES, RoutingSpec
 from lowering.templates import standalone
 from lowering.templates.render import template_text
 from tests.support.catalogue import assert_refused
 from tests.support.inputs import DEVICES, LOW_DTYPES
 from tests.support.interpreter import interpreter
 from tests.support.oracle import assert_near_exact, assert_oracle_ratio, gradients, random_like
+from tests.support.routing_cases import (
+    RoutingCase,
+    assert_alike,
+    assert_same,
+    assert_same_route,
+    given_ids,
+    routing_cases,
+    values,
+)
 
 MODULE = sys.modules["lowering.ops.moe_route"]
+ATEN = sys.modules["lowering.ops._route_aten"]
 DTYPES = (*LOW_DTYPES, torch.float64)
 UTILITIES = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 SPECS = {
@@ -43,39 +53,11 @@ def route(logits, spec, bias=None, ids=None):
     return moe_route(logits, bias, ids, *spec.op_args())
 
 
-def values(kind, shape, seed, dtype=torch.float32):
-    """normal; grid: many ties; equal: nothing but ties; special: with NaN of both signs and infinities."""
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "grid":
-        return (torch.randint(-4, 5, shape, generator=generator) / 2).to(dtype)
-    if kind == "equal":
-        return torch.full(shape, 0.25, dtype=dtype)
-    drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * 3
-    if kind == "special":
-        special = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, 0.0], dtype=torch.float64)
-        choice = torch.randint(0, 16, shape, generator=generator)
-        drawn = torch.where(choice < 5, special[choice.clamp(max=4)], drawn)
-    return drawn.to(dtype)
-
-
 def with_ties(tokens, dtype=torch.float32, seed=0):
     """Logits [T, 16] without near ties and with exact ones: columns 3 and 5 repeat columns 9 and 1."""
     logits = values("normal", (tokens, EXPERTS), seed, dtype)
     logits[:, 3], logits[:, 5] = logits[:, 9], logits[:, 1]
     return logits
-
-
-def given_ids(tokens, top_k, num_experts, seed=0, dtype=torch.int32):
-    """Ids [T, K]: duplicates, and some outside [0, E)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-1, num_experts + 2, (tokens, top_k), generator=generator).to(dtype)
-
-
-def assert_same(ours, wanted, *, rtol=1e-6):
-    (weights, ids), (wanted_weights, wanted_ids) = ours, wanted
-    assert ids.dtype == torch.int32
-    assert torch.equal(ids.cpu(), wanted_ids)
-    torch.testing.assert_close(weights.cpu(), wanted_weights, rtol=rtol, atol=1e-12, equal_nan=True)
 
 
 def wide(dtype):
@@ -85,45 +67,21 @@ def wide(dtype):
 # --- against the oracle ----------------------------------------------------------------------------------------------
 
 
-@st.composite
-def routings(draw):
-    n_group = draw(st.integers(1, 4))
-    num_experts = n_group * draw(st.integers(1, 5))
-    spec = RoutingSpec(
-        draw(st.integers(1, num_experts)),
-        draw(st.sampled_from(SCORES)),
-        n_group,
-        draw(st.integers(1, n_group)),
-        draw(st.sampled_from(GROUP_SCORES)),
-        draw(st.sampled_from(GROUP_FILLS)),
-        draw(st.booleans()),
-        draw(st.sampled_from([0.0, 1e-20, 1e-2])),
-        draw(st.sampled_from([1.0, 2.5])),
-    )
-    kinds = st.sampled_from(["normal", "grid", "equal", "special"])
-    shape, seed = (draw(st.integers(0, 5)), num_experts), draw(st.integers(0, 2**16))
-    logits = values(draw(kinds), shape, seed, draw(st.sampled_from(DTYPES)))
-    bias = values(draw(kinds), (num_experts,), seed + 1) if draw(st.booleans()) else None
-    return logits, spec, bias, seed
-
-
-@given(routings(), st.sampled_from([0, 2048]))
-def test_selection_equals_the_reference(routing, sort_values):
+@given(routing_cases(DTYPES), st.sampled_from([0, 2048]))
+def test_every_option_equals_the_reference(case, sort_values):
     """Both ways of selecting: one stable sort, and keys without ties."""
-    logits, spec, bias, _ = routing
-    with mock.patch.object(MODULE, "_SORT_VALUES", sort_values):
-        ours = route(logits, spec, bias)
-    assert_same(ours, moe_route_reference(logits, spec, bias_E=bias, dtype=wide(logits.dtype)))
+    with mock.patch.object(ATEN, "_SORT_VALUES", sort_values):
+        ours = case.run()
+    assert_same_route(ours, case)
     assert ours[0].is_contiguous() and ours[1].is_contiguous()
+    assert case.ids is None or ours[1].data_ptr() != case.ids.data_ptr() or case.ids.numel() == 0
 
 
-@given(routings(), st.sampled_from([torch.int32, torch.int64]))
-def test_given_ids_equal_the_reference(routing, dtype):
-    logits, spec, bias, seed = routing
-    ids = given_ids(logits.shape[0], spec.top_k, logits.shape[1], seed, dtype)
-    ours = route(logits, spec, bias, ids)
-    assert_same(ours, moe_route_reference(logits, spec, bias_E=bias, ids_TK=ids, dtype=wide(logits.dtype)))
-    assert ours[1].data_ptr() != ids.data_ptr() or ids.numel() == 0
+@pytest.mark.gpu
+@settings(max_examples=60, deadline=None)
+@given(routing_cases())
+def test_every_option_on_the_gpu_equals_the_reference(case):
+    assert_alike(case.run("cuda"), case)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -204,14 +162,14 @@ def test_nan_stays_in_its_row(name, device):
 def test_nan_of_either_sign_and_payload_ties():
     """-NaN, a NaN with a payload and inf: the two NaN first, in order of index."""
     bits = torch.tensor([[0x3F800000, 0x7F800000, -0x400000 + 5, 0x7FC00007, 0]] * 3, dtype=torch.int32)
-    with mock.patch.object(MODULE, "_SORT_VALUES", 0):
-        assert MODULE._greatest(bits.view(torch.float32), 5).tolist() == [[2, 3, 1, 0, 4]] * 3
+    with mock.patch.object(ATEN, "_SORT_VALUES", 0):
+        assert ATEN.greatest(bits.view(torch.float32), 5).tolist() == [[2, 3, 1, 0, 4]] * 3
 
 
 def test_negative_infinity_in_the_bias_is_not_a_taken_expert():
     bias = torch.tensor([-math.inf, -math.inf, 0.0, -math.inf])
     for sort_values in (0, 2048):
-        with mock.patch.object(MODULE, "_SORT_VALUES", sort_values):
+        with mock.patch.object(ATEN, "_SORT_VALUES", sort_values):
             _, ids = route(torch.zeros(2, 4), RoutingSpec(4), bias)
         assert ids.tolist() == [[2, 0, 1, 3]] * 2
 
@@ -293,20 +251,31 @@ KERNEL_CASES = {
 }
 
 
-def run_kernel(logits, spec, bias=None, ids=None, block=2):
-    tokens, num_experts = logits.shape
-    weights, out = torch.full((tokens, spec.top_k), -7.0), torch.full((tokens, spec.top_k), -7, dtype=torch.int32)
-    tensors = {"LOGITS": logits, "BIAS": bias, "IDS_IN": ids, "IDS": out, "OUT": weights}
-    constants = dict(MODULE.route_constants(spec, num_experts, bias=bias is not None, ids=ids is not None))
-    constants["BLOCK_T"] = block
-    kernel = standalone.render(
-        template_text("moe_route"), "moe_route", constants=tuple(constants.items()), output_rank=2
+def run_kernel(case, block=2):
+    """Weights and ids of the generated kernel for the arguments as they reach it."""
+    (tokens, columns), spec = case.logits.shape, RoutingSpec(*case.spec.op_args())
+    weights = torch.full((tokens, spec.num_weights), -7.0)
+    out = torch.full((tokens, spec.num_weights), -7, dtype=torch.int32)
+    tensors = {"LOGITS": case.logits, "BIAS": case.bias, "EXPERT_SCALE": case.scale, "IDS_IN": case.ids}
+    constants = MODULE.route_constants(
+        spec,
+        columns,
+        logits=case.logits.dtype,
+        bias=None if case.bias is None else case.bias.dtype,
+        ids=case.ids is not None,
+        per_expert_scale=case.scale is not None,
     )
-    after = interpreter().kernel(
-        kernel.source, kernel.arguments(tensors), grid=(-(-tokens // block),), name=kernel.name
-    )
+    constants = tuple({**constants, "BLOCK_T": block}.items())
+    kernel = standalone.render(template_text("moe_route"), "moe_route", constants=constants, output_rank=2)
+    arguments = kernel.arguments({**tensors, "IDS": out, "OUT": weights})
+    after = interpreter().kernel(kernel.source, arguments, grid=(-(-tokens // block),), name=kernel.name)
     after = dict(zip((*kernel.pointers, "OUT"), after, strict=False))
     return after["OUT"], after["IDS"]
+
+
+@given(routing_cases().filter(lambda case: len(case.logits)))
+def test_every_option_of_the_kernel_in_the_interpreter(case):
+    assert_alike(run_kernel(case), case)
 
 
 @pytest.mark.parametrize("case", KERNEL_CASES)
@@ -318,7 +287,7 @@ def test_kernel_in_the_interpreter(case):
         logits = values(kind, (5, num_experts), seed)
         ids = given_ids(5, spec.top_k, num_experts, seed, torch.int64 if seed else torch.int32)
         for biased, chosen in ((None, None), (bias, None), (None, ids)):
-            ours = run_kernel(logits, spec, biased, chosen)
+            ours = run_kernel(RoutingCase(spec, logits, biased, chosen))
             wanted = moe_route_reference(logits, spec, bias_E=biased, ids_TK=chosen, dtype=torch.float32)
             assert_same(ours, wanted, rtol=5e-6)
 
