@@ -1,13 +1,16 @@
-"""Whether diffulex takes part in compilations of this process; read during capture, so Dynamo guards on it."""
+"""Whether diffulex takes part in compilations of this process; Dynamo guards on it in every graph."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 from .settings import SETTINGS
 
-_enabled = not SETTINGS.disable
+_lock = threading.Lock()
+_blocks = 0  # how many `disabled()` blocks are open, over all threads
+_enabled = not SETTINGS.disable  # a plain global, which is what a guard reads cheaply
 
 
 def is_enabled() -> bool:
@@ -17,13 +20,25 @@ def is_enabled() -> bool:
 
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
-    """Stock Inductor inside the block, for comparison: models compiled here do not use the ops or passes.
+    """Stock Inductor for what is compiled AND called inside the block; `torch.compile` itself compiles nothing yet.
 
-    Process-wide, like other compiler switches. Code compiled before and called inside is compiled again.
+        stock = torch.compile(model)
+        with diffulex.disabled():
+            stock(*inputs)
+
+    Code compiled outside and called inside is compiled again without the ops and passes, and the other way round; both
+    stay, so going to and fro compiles nothing more. The switch is off for the whole process while any thread is inside.
+    Models whose `experts_implementation` is "diffulex" ask for the ops by name and keep them.
     """
-    global _enabled
-    before, _enabled = _enabled, False
+    _open(1)
     try:
         yield
     finally:
-        _enabled = before
+        _open(-1)
+
+
+def _open(blocks: int) -> None:
+    global _blocks, _enabled
+    with _lock:
+        _blocks += blocks
+        _enabled = _blocks == 0 and not SETTINGS.disable

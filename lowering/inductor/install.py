@@ -11,6 +11,7 @@ import torch
 from ..after_import import after_import
 from ..ops import _library
 from .identity import fingerprint
+from .switch import guard_on_switch
 
 # The first so that a `config.patch` around the first compilation restores our pass and not its absence; the second,
 # loaded before Inductor looks at any graph, for who set the slot between the two.
@@ -36,3 +37,4 @@ def install() -> None:
     torch.compiler.config.cache_key_tag = f"{tag}+diffulex-{fingerprint()}" if tag else f"diffulex-{fingerprint()}"
     for name in _SLOT_MODULES:
         after_import(name, _on_slot)
+    after_import("torch._dynamo.output_graph", guard_on_switch)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -22,6 +23,33 @@ def test_disabled_is_undone():
 def test_disabled_is_undone_after_an_error():
     with pytest.raises(ZeroDivisionError), disabled():
         raise ZeroDivisionError
+    assert is_enabled()
+
+
+def test_blocks_of_two_threads_that_overlap():
+    """The first to leave does not switch on what the second asked for, and the second leaves it on."""
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+    seen = []
+
+    def first():
+        with disabled():
+            first_is_in.set()
+            second_is_in.wait(10)
+        first_is_out.set()
+
+    def second():
+        first_is_in.wait(10)
+        with disabled():
+            second_is_in.set()
+            first_is_out.wait(10)
+            seen.append(is_enabled())
+
+    threads = [threading.Thread(target=target) for target in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert seen == [False]
     assert is_enabled()
 
 

@@ -1,0 +1,33 @@
+"""Dynamo guards on the switch in every graph, so that `disabled()` reaches what was compiled before, and back."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+from .. import state
+
+_MODULE = "lowering.state"
+_ALIAS = f"__import_{_MODULE.replace('.', '_dot_')}"  # as Dynamo names a module it puts into the globals of a frame
+
+
+def guard_on_switch(module: ModuleType) -> None:
+    """Add the guard to those that every graph starts with; `module` is `torch._dynamo.output_graph`.
+
+    A graph whose code never reads the switch gets the passes, or not, all the same: without the guard it would be
+    reused on the other side.
+    """
+    from torch._dynamo.guards import GuardBuilder
+    from torch._dynamo.source import AttrSource, GlobalSource
+
+    stock = module.OutputGraph.__init__
+
+    @functools.wraps(stock)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, *args, **kwargs)
+        self.import_sources[_ALIAS] = _MODULE
+        self.global_scope[_ALIAS] = state
+        self.guards.add(AttrSource(GlobalSource(_ALIAS), "_enabled").make_guard(GuardBuilder.CONSTANT_MATCH))
+
+    module.OutputGraph.__init__ = init

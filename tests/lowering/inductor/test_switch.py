@@ -1,0 +1,58 @@
+"""`disabled()` and code that never reads the switch: a grouped-GEMM spine in a model's own code."""
+
+import pytest
+import torch
+
+import diffulex
+from lowering.report import collect
+from tests.support.experts import make_case, stock_function
+from tests.support.inputs import WIDE
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("disabled_first", [False, True])
+def test_every_graph_is_guarded(disabled_first):
+    """Both sides are compiled once, whichever comes first, and kept."""
+    seen = []
+
+    def backend(graph, _inputs):
+        seen.append(diffulex.is_enabled())
+        return graph.forward
+
+    compiled, x = torch.compile(lambda x: x.sin(), backend=backend), torch.ones(3)
+    for turn in range(4):
+        if (turn % 2 == 0) == disabled_first:
+            with diffulex.disabled():
+                compiled(x)
+        else:
+            compiled(x)
+    assert seen == [not disabled_first, disabled_first]
+
+
+@pytest.mark.slow
+def test_through_inductor():
+    """The chain is rewritten outside the block and stock inside, although one object was compiled."""
+    case = make_case(WIDE.replace(dtype=torch.float32), stock_function("grouped_mm"))
+    case.module.eval().requires_grad_(False)
+    compiled = torch.compile(case.module)
+
+    def rewritten():
+        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True), collect() as decisions:
+            out = compiled(*case.inputs)
+        return out, [d.outcome for d in decisions if d.subject == "spine_pass"], decisions
+
+    ours, outcomes, _ = rewritten()
+    assert outcomes == ["stage ops"]
+    with diffulex.disabled():
+        stock, outcomes, decisions = rewritten()
+        assert (outcomes, decisions) == ([], [])
+        assert torch.equal(rewritten()[0], stock)
+    again, _, decisions = rewritten()
+    assert decisions == []
+    assert torch.equal(again, ours)
