@@ -123,6 +123,12 @@ class RoutingSpec:
     def check(self, num_experts: int) -> None:
         """Raise `MoERangeError` or `MoEOptionError` where the options have no meaning for `num_experts`."""
         where = "diffulex::moe_route"
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise MoERangeError.of(
+                    where, expected=f"finite {name} >= 0", got=f"{name}={value}", hint="0 switches it off."
+                )
         candidates = num_experts + self.num_null
         if not 0 < self.top_k <= candidates:
             raise MoERangeError.of(
@@ -146,12 +152,6 @@ class RoutingSpec:
                 got=f"n_group={self.n_group}, topk_group={self.topk_group}",
                 hint="Use n_group=1, topk_group=1 for a router without groups.",
             )
-        for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise MoERangeError.of(
-                    where, expected=f"finite {name} >= 0", got=f"{name}={value}", hint="0 switches it off."
-                )
 
     def __str__(self) -> str:
         """The options that differ from a plain choice, for reports: `top 8 of sigmoid, renorm, x 2.5`."""
@@ -168,7 +168,7 @@ class RoutingSpec:
             parts.append(f"x {self.scale:g}")
         for field in dataclasses.fields(self)[_TOLD:]:
             value = getattr(self, field.name)
-            if field.name != "eps_mode" and value != field.default:
+            if field.name not in ("select_on", "eps_mode") and value != field.default:
                 parts.append(field.name if value is True else f"{field.name} {value}")
         return ", ".join(parts)
 

@@ -295,19 +295,30 @@ def test_kernel_in_the_interpreter(case):
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 
-def formula(logits, spec, ids):
-    """The weights for ids [T, K] as differentiable aten; ids outside [0, E) weigh nothing."""
+def formula(logits, spec, ids, bias=None, scale=None):
+    """The weights for ids [T, W] as differentiable aten; ids outside [0, C) weigh nothing."""
     z = logits.to(wide(logits.dtype))
+    z = spec.softcap * torch.tanh(z / spec.softcap) if spec.softcap else z
     if spec.score == "softmax":
         scores = z.softmax(1)
     else:
         scores = z.sigmoid() if spec.score == "sigmoid" else torch.nn.functional.softplus(z).sqrt()
-    valid = (ids >= 0) & (ids < logits.shape[1])
-    chosen = scores.gather(1, ids.long().clamp(0, logits.shape[1] - 1)) * valid
+    valid, inside = (ids >= 0) & (ids < logits.shape[1]), ids.long().clamp(0, logits.shape[1] - 1)
+    chosen = scores.gather(1, inside)
+    if bias is not None and spec.bias_in_weights:
+        chosen = chosen + torch.nn.functional.pad(bias.to(z.dtype), (0, spec.n_shared))[inside]
+    chosen = torch.where(valid, chosen, 0.0)
     if spec.renorm:
-        total = chosen.sum(1, keepdim=True) + spec.eps
+        plain = spec.renorm == 1
+        total = chosen.sum(1, True) if plain else torch.linalg.vector_norm(chosen, spec.renorm, 1, True)
+        total = total + spec.eps if spec.eps_mode == "add" else total.clamp_min(spec.eps)
         chosen = chosen / torch.where(total == 0, 1.0, total)
-    return chosen * spec.scale
+    chosen = chosen * spec.scale
+    return (
+        chosen
+        if scale is None
+        else chosen * torch.nn.functional.pad(scale.to(z.dtype), (0, spec.n_shared), value=1)[inside]
+    )
 
 
 GRADIENT_CASES = [
@@ -359,6 +370,63 @@ def test_gradients_equal_those_of_the_formula(spec, kind, dtype, device):
         assert_oracle_ratio(ours, eager, oracle)
     again = grad_of(lambda z: route(z, spec, None, ids)[0], logits)
     assert torch.equal(ours, again)
+
+
+OPTIONS = {
+    "softcap_softmax": RoutingSpec(3, softcap=2.0),
+    "softcap_sigmoid": RoutingSpec(3, "sigmoid", softcap=2.0, renorm=0.0),
+    "two_norm": RoutingSpec(3, renorm=2.0, scale=1.5),
+    "two_norm_eps": RoutingSpec(3, "sigmoid", renorm=2.0, eps=0.25),
+    "half_norm": RoutingSpec(3, renorm=0.5),
+    "norm_of_three": RoutingSpec(3, "sqrtsoftplus", renorm=3.0, eps=1e-3, eps_mode="clamp_min"),
+    "clamped": RoutingSpec(3, eps=0.75, eps_mode="clamp_min"),
+    "clamped_two_norm": RoutingSpec(3, "sigmoid", renorm=2.0, eps=1.0, eps_mode="clamp_min"),
+    "shared_softmax": RoutingSpec(3, n_shared=2, renorm=0.0),
+    "shared_sigmoid": RoutingSpec(3, "sigmoid", n_shared=2, scale=1.5),
+    "bias_in_weights": RoutingSpec(3, renorm=0.0, bias_in_weights=True),
+    "everything": RoutingSpec(
+        *(3, "sigmoid", 1, 1, "max", "0", 2.0, 0.1, 2.5, 5.0, "float32", "logits", True, "clamp_min", 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["selected", "given"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gradcheck_of_every_option(name, kind):
+    """Logits, bias and the scale of each expert; the bias is positive, so that no sum vanishes."""
+    spec, ids = OPTIONS[name], ids_for(kind, 3, 6)
+    logits = values("normal", (3, 6 + spec.n_shared), 6, torch.float64).requires_grad_()
+    bias, scale = (values("normal", (6,), seed, torch.float64).abs().requires_grad_() for seed in (7, 8))
+
+    def weights(*leaves):
+        z, b, s = leaves if spec.bias_in_weights else (leaves[0], bias.detach(), leaves[1])
+        return moe_route(z, b, ids, *spec.op_args(), s)[0]
+
+    leaves = (logits, bias, scale) if spec.bias_in_weights else (logits, scale)
+    assert torch.autograd.gradcheck(weights, leaves)
+    assert torch.autograd.gradgradcheck(weights, leaves)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["selected", "given"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gradients_of_every_option_equal_those_of_the_formula(name, kind, dtype, device):
+    spec, ids = OPTIONS[name], ids_for(kind, 65, EXPERTS)
+    ids = None if ids is None else ids.to(device)
+    logits = values("normal", (65, EXPERTS + spec.n_shared), 6, dtype).to(device).requires_grad_()
+    bias, scale = (values("normal", (EXPERTS,), seed, dtype).abs().to(device).requires_grad_() for seed in (7, 8))
+    leaves = (logits, bias, scale)
+    out = moe_route(logits, bias, ids, *spec.op_args(), scale)[1]
+    grad = random_like(out.to(wide(dtype)))
+    ours = gradients(lambda z, b, s: moe_route(z, b, ids, *spec.op_args(), s)[0], leaves, grad)
+    eager = gradients(lambda z, b, s: formula(z, spec, out, b, s), leaves, grad)
+    doubles = tuple(leaf.detach().double().requires_grad_() for leaf in leaves)
+    oracle = gradients(lambda z, b, s: formula(z, spec, out, b, s), doubles, grad)
+    for place, leaf in enumerate(leaves):
+        assert ours[place].dtype == dtype and ours[place].shape == leaf.shape
+        assert_oracle_ratio(ours[place], eager[place], oracle[place], what=f"gradient {place}")
+    assert spec.bias_in_weights == bool(ours[1].any())
 
 
 def test_bias_and_ids_get_no_gradient():
@@ -444,6 +512,17 @@ def test_opcheck(case, grad, device):
     assert outcome == dict.fromkeys(UTILITIES, "SUCCESS")
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_opcheck_of_every_option(name, grad, device):
+    spec = OPTIONS[name]
+    logits = values("normal", (6, EXPERTS + spec.n_shared), 6, torch.float32).to(device).requires_grad_(grad)
+    bias, scale = (torch.linspace(0.5, 1, EXPERTS, device=device).requires_grad_(grad) for _ in range(2))
+    args = (logits, bias, None, *spec.op_args(), scale)
+    assert torch.library.opcheck(moe_route, args, test_utils=UTILITIES) == dict.fromkeys(UTILITIES, "SUCCESS")
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 GOOD = {
@@ -468,6 +547,21 @@ BAD = {
     "bias_length": ({"bias": torch.zeros(7)}, MoEShapeError, "7"),
     "bias_dtype": ({"bias": torch.zeros(8, dtype=torch.int64)}, MoEDtypeError, "torch.int64"),
     "bias_device": ({"bias": torch.zeros(8, device="meta")}, MoEDeviceError, "meta"),
+    "score_dtype": ({"score_dtype": "int8"}, MoEOptionError, "'int8'"),
+    "select_on": ({"select_on": "probs"}, MoEOptionError, "'probs'"),
+    "eps_mode": ({"eps_mode": "max"}, MoEOptionError, "'max'"),
+    "renorm": ({"renorm": -1.0}, MoERangeError, "renorm=-1.0"),
+    "renorm_nan": ({"renorm": math.nan}, MoERangeError, "renorm=nan"),
+    "eps": ({"eps": math.inf}, MoERangeError, "eps=inf"),
+    "softcap": ({"softcap": -30.0}, MoERangeError, "softcap=-30.0"),
+    "shared": ({"n_shared": -1}, MoERangeError, "n_shared=-1"),
+    "more_shared_than_columns": ({"n_shared": 8}, MoERangeError, "top_k=2"),
+    "k_above_E_without_shared": ({"top_k": 7, "n_shared": 2}, MoERangeError, "top_k=7"),
+    "bias_with_shared": ({"bias": torch.zeros(8), "n_shared": 2}, MoEShapeError, "8"),
+    "scale_rank": ({"per_expert_scale": torch.zeros(1, 8)}, MoEShapeError, "(1, 8)"),
+    "scale_length": ({"per_expert_scale": torch.zeros(7)}, MoEShapeError, "7"),
+    "scale_dtype": ({"per_expert_scale": torch.zeros(8, dtype=torch.int64)}, MoEDtypeError, "torch.int64"),
+    "scale_device": ({"per_expert_scale": torch.zeros(8, device="meta")}, MoEDeviceError, "meta"),
     "ids_rank": ({"ids": torch.zeros(10, dtype=torch.int32)}, MoEShapeError, "(10,)"),
     "ids_rows": ({"ids": torch.zeros(4, 2, dtype=torch.int32)}, MoEShapeError, "4"),
     "ids_columns": ({"ids": torch.zeros(5, 3, dtype=torch.int32)}, MoEShapeError, "3"),
