@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -29,6 +29,7 @@ __all__ = [
     "fixed_layout",
     "guard_less_equal",
     "ir",
+    "known_size",
     "lowerings",
     "realize_inputs",
     "register_lowering",
@@ -45,6 +46,11 @@ def fallback(op: Any, *args: Any) -> Any:
 def fixed_layout(like: Any, dtype: torch.dtype, size: Sequence[Any]) -> Any:
     """A contiguous layout on the device of the IR node `like`."""
     return ir.FixedLayout(like.get_device(), dtype, list(size))
+
+
+def known_size(size: Any) -> int | None:
+    """A size as an int where it is one, sympy's integers included; None where it is symbolic."""
+    return int(size) if isinstance(size, int | sympy.Integer) else None
 
 
 def static_size(size: Any) -> int:
@@ -94,6 +100,3 @@ def run_template(
         raise error
     result = autotune_select_algorithm(template.name, choices, list(inputs), layout)
     return result[0] if isinstance(result, tuple) else result  # a node in torch 2.11, a tuple later
-
-
-TemplateGrid = Callable[..., tuple[Any, Any, Any]]

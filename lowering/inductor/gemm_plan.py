@@ -67,8 +67,9 @@ def schedule_of(rows: Any, shape: GemmShape, *, device: torch.device) -> Schedul
 
 def rows_bound(rows: Any, dispatch: torch.fx.Node | None, *, device: torch.device) -> int | None:
     """The largest row count the graph being lowered is for, where its expert GEMMs bound it; for `moe_dispatch`."""
-    if isinstance(rows, int):
-        return rows
+    known = _compat.known_size(rows)
+    if known is not None:
+        return known
     for item in dispatch.users if dispatch is not None else ():
         if item.args[1:] == (2,):  # offsets
             shapes = _siblings(item)

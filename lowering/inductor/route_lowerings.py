@@ -1,4 +1,4 @@
-"""Inductor lowerings of `moe_route` and `moe_dispatch`: one generated kernel each, several outputs.
+"""Inductor lowerings of `moe_route` and `moe_dispatch`: generated kernels with several outputs.
 
 A template has one output; the others are buffers it mutates, as Inductor's own attention templates do it.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..ops.moe_dispatch import dispatch_constants, dispatch_schedule
+from ..ops.moe_dispatch import dispatch_schedule
 from ..ops.moe_route import route_constants, route_schedule, split_options
 from ..spec import RoutingSpec
 from ..templates.render import template_text
@@ -20,6 +20,7 @@ from .lowerings import fallback_noted, note, refusal
 
 _OPS = torch.ops.diffulex
 _MANY_ROWS = 1 << 17
+_FEW_TOKENS = 64  # scheduled for where T is symbolic
 
 
 @functools.cache
@@ -33,8 +34,13 @@ def _route_grid(tokens: Any, top_k: Any, meta: dict[str, Any], *, cdiv: Any) -> 
 
 
 @_compat.SymbolicGridFn
-def _dispatch_grid(bounds: Any, meta: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _experts_grid(bounds: Any, meta: dict[str, Any]) -> tuple[Any, Any, Any]:
     return (bounds, 1, 1)
+
+
+@_compat.SymbolicGridFn
+def _programs_grid(*sizes: Any) -> tuple[Any, Any, Any]:
+    return (sizes[-1]["PROGRAMS"], 1, 1)
 
 
 def _empty(like: Any, size: list[Any], dtype: torch.dtype) -> Any:
@@ -60,7 +66,8 @@ def _moe_route(logits: Any, bias: Any, ids: Any, *options: Any) -> Any:
         ids=ids is not None,
         per_expert_scale=per_expert_scale is not None,
     )
-    schedule, num_warps = route_schedule(num_tokens if isinstance(num_tokens, int) else 64, num_columns)
+    known = _compat.known_size(num_tokens)
+    schedule, num_warps = route_schedule(_FEW_TOKENS if known is None else known, num_columns)
     ids_out = _empty(logits, [num_tokens, spec.num_weights], torch.int32)
     wanted = ((constants["HAS_BIAS"] or constants["BIAS_WEIGHS"], bias), (True, per_expert_scale), (True, ids))
     extra = [tensor for is_read, tensor in wanted if is_read and tensor is not None]
@@ -87,17 +94,29 @@ def _moe_dispatch(ids: Any, num_experts: int) -> Any:
     top_k = _compat.static_size(top_k)
     slots = num_tokens * top_k
     bound = rows_bound(slots, _compat.current_fx_node(), device=ids.get_device())
-    schedule, num_warps = dispatch_schedule(_MANY_ROWS if bound is None else bound)
+    schedule = dispatch_schedule(_MANY_ROWS if bound is None else bound, num_experts, top_k)
     order, token = (_empty(ids, [slots], torch.int32) for _ in range(2))
-    inputs = [*_compat.contiguous_inputs(ids), *_compat.realize_inputs(order, token)]
-    offsets = _compat.run_template(
-        _template("moe_dispatch", _dispatch_grid),
-        inputs,
-        _compat.fixed_layout(ids, torch.int32, [num_experts + 1]),
-        num_warps=num_warps,
-        num_stages=1,
-        constants=dispatch_constants(num_experts, top_k) | schedule,
-        mutated_inputs=inputs[1:],
-    )
-    note("moe_dispatch", f"triton moe_dispatch {num_warps} warps")
+    (ids,) = _compat.contiguous_inputs(ids)
+    outputs = _compat.realize_inputs(order, token)
+
+    def run(name: str, grid: Any, inputs: list[Any], size: list[int], **options: Any) -> Any:
+        return _compat.run_template(
+            _template(name, grid),
+            inputs,
+            _compat.fixed_layout(ids, torch.int32, size),
+            num_warps=schedule.num_warps,
+            num_stages=1,
+            constants=schedule.constants,
+            **options,
+        )
+
+    if schedule.programs:
+        size = [schedule.programs, int(schedule.constants["BINS"])]
+        counts = run("moe_dispatch_count", _programs_grid, [ids], size)
+        inputs = [ids, counts, *outputs]
+        offsets = run("moe_dispatch_place", _programs_grid, inputs, [num_experts + 1], mutated_inputs=outputs)
+        note("moe_dispatch", f"triton moe_dispatch_count, moe_dispatch_place {schedule.programs} programs")
+    else:
+        offsets = run("moe_dispatch", _experts_grid, [ids, *outputs], [num_experts + 1], mutated_inputs=outputs)
+        note("moe_dispatch", f"triton moe_dispatch {num_experts + 1} programs")
     return order, token, offsets

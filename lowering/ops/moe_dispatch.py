@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,8 +14,16 @@ from ._library import register
 
 _NAME = "diffulex::moe_dispatch"
 _INT32_MAX = 2**31 - 1
+_MOST_SLOTS = 2**31 - 2**17  # numbered in int32, and the kernels look up to 128 blocks beyond the last one
 _Slots = tuple[Tensor, Tensor, Tensor]
 Constants = dict[str, int | float | bool | str]
+
+_FEW_SLOTS = 8192  # one kernel up to here
+_LEAST_READ, _MOST_READ = 128, 4096  # ids a program of that kernel reads at a time
+_MOST_BINS = 2048  # experts, and one bin for the rest, that the two kernels count at once
+_MOST_PROGRAMS = 128
+_SORTED = 512  # slots a program sorts at a time
+_COUNTS_READ = 16384  # counts a program adds up at a time
 
 
 def _validate(ids_TK: Tensor, num_experts: int) -> None:
@@ -34,10 +44,10 @@ def _validate(ids_TK: Tensor, num_experts: int) -> None:
             got=f"num_experts={num_experts}",
             hint="Pass the number of experts of the layer.",
         )
-    if isinstance(num_tokens, int) and num_tokens * top_k > _INT32_MAX:
+    if isinstance(num_tokens, int) and num_tokens * top_k > _MOST_SLOTS:
         raise MoERangeError.of(
             _NAME,
-            expected="fewer than 2**31 slots",
+            expected=f"at most {_MOST_SLOTS} slots",
             got=f"T*K = {num_tokens * top_k}",
             hint="Split the batch: slots are numbered in int32.",
         )
@@ -57,21 +67,36 @@ def _cpu(ids_TK: Tensor, num_experts: int) -> _Slots:
     return torch.from_numpy(order_N), torch.from_numpy(token_N), torch.from_numpy(offsets_E1)
 
 
-def dispatch_schedule(slots: int) -> tuple[Constants, int]:
-    """Constants of `moe_dispatch.jinja` and num_warps for about `slots` = T*K slots; right for any number of them.
+@dataclasses.dataclass(frozen=True)
+class DispatchSchedule:
+    """Constants and num_warps of the kernels; with `programs` there are two, `moe_dispatch_count` and `_place`.
 
-    ROWS * STEPS * 32 slots are sorted in one reading of the ids, more in two.
+    Without, one kernel: `moe_dispatch`, whose NUM_EXPERTS + 1 programs read all ids each.
     """
-    if slots <= 1024:
-        return {"ROWS": 16, "STEPS": 8}, 4
-    if slots <= 32768:
-        return {"ROWS": 64, "STEPS": 16}, 16
-    return {"ROWS": 128, "STEPS": 32}, 16
+
+    constants: Constants
+    num_warps: int
+    programs: int = 0
 
 
-def dispatch_constants(num_experts: int, top_k: int) -> Constants:
-    """Constants of `moe_dispatch.jinja` that follow from the problem: ids [T, top_k] int, experts 0 to E-1."""
-    return {"NUM_EXPERTS": num_experts, "TOP_K": top_k, "ACC_TYPE": "tl.int32"}
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def dispatch_schedule(slots: int, num_experts: int, top_k: int) -> DispatchSchedule:
+    """The schedule for about `slots` = T*K slots of ids [T, top_k]; right for any number of them.
+
+    Measured on one H200: up to 8,192 slots one launch beats two; beyond, each id is better read twice than E times.
+    """
+    problem: Constants = {"NUM_EXPERTS": num_experts, "TOP_K": top_k, "ACC_TYPE": "tl.int32"}
+    bins = _power_of_two(num_experts + 1)
+    if slots <= _FEW_SLOTS or bins > _MOST_BINS:
+        block = min(_MOST_READ, max(_LEAST_READ, _power_of_two(max(1, slots))))
+        return DispatchSchedule(problem | {"BLOCK": block}, 4)
+    programs = min(_MOST_PROGRAMS, _power_of_two(-(-slots // _SORTED)))
+    rows = min(programs, _COUNTS_READ // bins)
+    constants = {"BINS": bins, "PROGRAMS": programs, "BLOCK": _SORTED, "ROWS": rows}
+    return DispatchSchedule(problem | constants, 4, programs)
 
 
 def _cuda(ids_TK: Tensor, num_experts: int) -> _Slots:
@@ -79,19 +104,30 @@ def _cuda(ids_TK: Tensor, num_experts: int) -> _Slots:
     from ..templates.render import template_text
 
     _validate(ids_TK, num_experts)
-    num_tokens, top_k = ids_TK.shape
-    order_N, token_N = (ids_TK.new_empty(num_tokens * top_k, dtype=torch.int32) for _ in range(2))
+    slots = ids_TK.numel()
+    schedule = dispatch_schedule(slots, num_experts, ids_TK.shape[1])
+    order_N, token_N = (ids_TK.new_empty(slots, dtype=torch.int32) for _ in range(2))
     offsets_E1 = ids_TK.new_empty(num_experts + 1, dtype=torch.int32)
-    schedule, num_warps = dispatch_schedule(num_tokens * top_k)
-    standalone.launch(
-        template_text("moe_dispatch"),
-        {"IDS": ids_TK.contiguous(), "ORDER": order_N, "TOKEN": token_N, "OUT": offsets_E1},
-        name="moe_dispatch",
-        constants=dispatch_constants(num_experts, top_k) | schedule,
-        grid=(num_experts + 1,),
-        num_warps=num_warps,
-        num_stages=1,
-    )
+
+    def launch(name: str, tensors: dict[str, Tensor], programs: int) -> None:
+        standalone.launch(
+            template_text(name),
+            tensors,
+            name=name,
+            constants=schedule.constants,
+            grid=(programs,),
+            num_warps=schedule.num_warps,
+            num_stages=1,
+        )
+
+    tensors = {"IDS": ids_TK.contiguous(), "ORDER": order_N, "TOKEN": token_N, "OUT": offsets_E1}
+    if schedule.programs:
+        bins = int(schedule.constants["BINS"])
+        tensors["COUNTS"] = ids_TK.new_empty(schedule.programs, bins, dtype=torch.int32)
+        launch("moe_dispatch_count", {"IDS": tensors["IDS"], "OUT": tensors["COUNTS"]}, schedule.programs)
+        launch("moe_dispatch_place", tensors, schedule.programs)
+    else:
+        launch("moe_dispatch", tensors, num_experts + 1)
     return order_N, token_N, offsets_E1
 
 

@@ -2,6 +2,8 @@
 Triton's interpreter; what gets no kernel, and the reason it is recorded with.
 """
 
+import sys
+
 import pytest
 import torch
 
@@ -188,6 +190,16 @@ def test_refusals(device, dtype, capability, code, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     reason = lowerings.refusal(Value(device, dtype))
     assert (reason and reason.code) == code
+
+
+def test_many_slots_are_dispatched_by_two_kernels(monkeypatch):
+    monkeypatch.setattr(sys.modules["lowering.ops.moe_dispatch"], "_FEW_SLOTS", 4)
+    function = Block(SMALL.replace(ids="sentinels"))
+    inputs = function.inputs()
+    code, decisions = code_of(function, inputs)
+    assert kernel_names(code) == ["moe_dispatch", "moe_dispatch", "moe_expert_up", "moe_expert_down", "moe_combine"]
+    assert "moe_dispatch_count, moe_dispatch_place 1 programs" in decisions["moe_dispatch"].outcome
+    check(code, function, inputs)
 
 
 # Expected texts

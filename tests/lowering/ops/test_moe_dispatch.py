@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from lowering.errors import MoEDtypeError, MoERangeError, MoEShapeError
 from lowering.ops import moe_dispatch
-from lowering.ops.moe_dispatch import dispatch_constants, dispatch_schedule
+from lowering.ops.moe_dispatch import dispatch_schedule
 from lowering.reference.moe_dispatch import moe_dispatch_reference
 from lowering.templates import standalone
 from lowering.templates.render import template_text
@@ -158,30 +158,40 @@ def test_no_host_sync_and_cuda_graphs():
 
 # --- the generated kernel in Triton's interpreter --------------------------------------------------------------------
 
-SMALL = {"ROWS": 2, "STEPS": 2}  # chunks of 128 slots
 KERNEL_CASES = {
     "no_tokens": (0, 2, 3, {}),
     "one_slot": (1, 1, 1, {}),
-    "one_step": (9, 3, 5, {}),
-    "rest_of_a_chunk": (20, 3, 4, {"ROWS": 2, "STEPS": 4}),
-    "one_chunk": (16, 8, 3, SMALL),
-    "chunks_and_a_rest": (37, 8, 4, SMALL),
-    "dense_words": (41, 5, 1, {"ROWS": 4, "STEPS": 2}),
-    "several_steps": (150, 4, 6, dispatch_schedule(600)[0] | {"ROWS": 4}),
+    "one_block": (16, 8, 3, {}),
+    "blocks_and_a_rest": (37, 8, 4, {"BLOCK": 32}),
+    "more_blocks_of_one_expert": (41, 5, 1, {"BLOCK": 16}),
+    "two_kernels": (150, 4, 6, {"BLOCK": 64, "PROGRAMS": 8, "ROWS": 4}),
+    "two_kernels_no_tokens": (0, 4, 6, {"BLOCK": 16, "PROGRAMS": 2, "ROWS": 2}),
+    "two_kernels_one_program": (20, 3, 4, {"BLOCK": 16, "PROGRAMS": 1, "ROWS": 1}),
+    "two_kernels_idle_programs": (9, 2, 3, {"BLOCK": 16, "PROGRAMS": 4, "ROWS": 2}),
+    "two_kernels_all_bins": (33, 2, 7, {"BLOCK": 16, "PROGRAMS": 2, "ROWS": 1}),
 }
 
 
-def run_kernel(ids, num_experts, schedule):
+def run_template(name, tensors, constants, programs):
+    kernel = standalone.render(template_text(name), name, constants=tuple(constants.items()), output_rank=1)
+    after = interpreter().kernel(kernel.source, kernel.arguments(tensors), grid=(programs,), name=kernel.name)
+    return dict(zip((*kernel.pointers, "OUT"), after, strict=False))
+
+
+def run_kernel(ids, num_experts, changes):
     tokens, top_k = ids.shape
     order, token = (torch.full((tokens * top_k,), -7, dtype=torch.int32) for _ in range(2))
     offsets = torch.full((num_experts + 1,), -7, dtype=torch.int32)
+    constants = dispatch_schedule(tokens * top_k, num_experts, top_k).constants | changes
     tensors = {"IDS": ids, "ORDER": order, "TOKEN": token, "OUT": offsets}
-    constants = dispatch_constants(num_experts, top_k) | (schedule or dispatch_schedule(tokens * top_k)[0])
-    kernel = standalone.render(
-        template_text("moe_dispatch"), "moe_dispatch", constants=tuple(constants.items()), output_rank=1
-    )
-    after = interpreter().kernel(kernel.source, kernel.arguments(tensors), grid=(num_experts + 1,), name=kernel.name)
-    after = dict(zip((*kernel.pointers, "OUT"), after, strict=False))
+    if "PROGRAMS" in changes:
+        programs = changes["PROGRAMS"]
+        constants["BINS"] = 1 << num_experts.bit_length()
+        counts = torch.full((programs, constants["BINS"]), -7, dtype=torch.int32)
+        after = run_template("moe_dispatch_count", {"IDS": ids, "OUT": counts}, constants, programs)
+        after = run_template("moe_dispatch_place", tensors | {"COUNTS": after["OUT"]}, constants, programs)
+    else:
+        after = run_template("moe_dispatch", tensors, constants, num_experts + 1)
     return after["ORDER"], after["TOKEN"], after["OUT"]
 
 

@@ -30,7 +30,17 @@ def fill(text):
     )
 
 
-@pytest.mark.parametrize("name", ["moe_expert_gemm", "moe_expert_grad_weight", "moe_route", "moe_dispatch"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "moe_dispatch",
+        "moe_dispatch_count",
+        "moe_dispatch_place",
+        "moe_expert_gemm",
+        "moe_expert_grad_weight",
+        "moe_route",
+    ],
+)
 def test_templates_are_part_of_the_package(name):
     assert "{{def_kernel(" in template_text(name)
 

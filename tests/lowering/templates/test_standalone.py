@@ -1,12 +1,13 @@
 """The second host of the templates: hooks, launches, and kernels compiled for sm_90 without one."""
 
 import ast
+import re
 
 import jinja2
 import pytest
 import torch
 
-from lowering.ops.moe_dispatch import dispatch_constants, dispatch_schedule
+from lowering.ops.moe_dispatch import dispatch_schedule
 from lowering.schedule.device import H100
 from lowering.schedule.plan import plan
 from lowering.schedule.schedule import GemmShape, Schedule
@@ -158,14 +159,26 @@ def test_the_other_templates_compile():
     kernel, facts = compile_for_h100(grad.source(), tensors, constants=constants, num_warps=8, num_stages=3)
     assert "wgmma.mma_async" in kernel.asm["ptx"]
     assert facts["spilled"] == 0
-    schedule, num_warps = dispatch_schedule(4096)
-    integers = {name: on_meta(4096, dtype=torch.int32) for name in ("ORDER", "TOKEN")}
-    kernel, facts = compile_for_h100(
-        template_text("moe_dispatch"),
-        {"IDS": on_meta(512, 8, dtype=torch.int32), **integers, "OUT": on_meta(129, dtype=torch.int32)},
-        constants=dispatch_constants(128, 8) | schedule,
-        num_warps=num_warps,
-        num_stages=1,
-    )
-    assert facts["spilled"] == 0
-    assert "atom" not in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("num_experts", [128, 256, 1024])
+def test_dispatch_compiles_without_spills_or_global_atomics(num_experts):
+    ids, out = on_meta(16384, 8, dtype=torch.int32), on_meta(num_experts + 1, dtype=torch.int32)
+    written = {name: on_meta(131072, dtype=torch.int32) for name in ("ORDER", "TOKEN")}
+    many = dispatch_schedule(131072, num_experts, 8)
+    counts = on_meta(many.programs, many.constants["BINS"], dtype=torch.int32)
+    for name, tensors, schedule in (
+        ("moe_dispatch", {"IDS": ids, **written, "OUT": out}, dispatch_schedule(512, num_experts, 8)),
+        ("moe_dispatch", {"IDS": ids, **written, "OUT": out}, dispatch_schedule(8192, num_experts, 8)),
+        ("moe_dispatch_count", {"IDS": ids, "OUT": counts}, many),
+        ("moe_dispatch_place", {"IDS": ids, "COUNTS": counts, **written, "OUT": out}, many),
+    ):
+        kernel, facts = compile_for_h100(
+            template_text(name),
+            tensors,
+            constants=schedule.constants,
+            num_warps=schedule.num_warps,
+            num_stages=1,
+        )
+        assert facts["spilled"] == 0, name
+        assert not re.search(r"\b(atom|red)\.global", kernel.asm["ptx"]), name
