@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Protocol
 
 import torch
@@ -53,26 +54,28 @@ def run_naive(hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts:
     return moe_block_reference(hidden_TH, weights_TK, ids_TK, experts=experts, dtype=wide).to(hidden_TH.dtype)
 
 
-def weight_on_input(run: RunExperts) -> RunExperts:
-    """The same experts with the weight multiplied on their input instead of their output (Llama 4).
+@dataclasses.dataclass(frozen=True)
+class WeightOnInput:
+    """The experts of `run` with the weight multiplied on their input instead of their output (Llama 4).
 
     An activation is not linear, so weighting the input is not weighting the output. For K = 1 it is one product with
     the hidden states. For K > 1 a token has a different input for each of its experts: hidden is expanded to the slots
     [T*K, H], each a token of its own with one expert of weight 1, and the K results are added up.
     """
 
-    def weighted(hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+    run: RunExperts
+
+    def __call__(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+        """[T, H] in the dtype of hidden [T, H], for weights [T, K] floating and ids [T, K] int."""
         num_tokens, top_k = ids_TK.shape
         inputs_TKH = hidden_TH.unsqueeze(1) * weights_TK.unsqueeze(2)
         inputs_NH = inputs_TKH.to(hidden_TH.dtype).reshape(num_tokens * top_k, hidden_TH.shape[1])
         ones_N1 = weights_TK.new_ones(num_tokens * top_k, 1)
-        slots_NH = run(inputs_NH, ones_N1, ids_TK.reshape(num_tokens * top_k, 1), experts=experts)
+        slots_NH = self.run(inputs_NH, ones_N1, ids_TK.reshape(num_tokens * top_k, 1), experts=experts)
         if top_k == 1:
             return slots_NH
         wide = torch.promote_types(slots_NH.dtype, torch.float32)
         return slots_NH.view(num_tokens, top_k, slots_NH.shape[1]).sum(1, dtype=wide).to(slots_NH.dtype)
-
-    return weighted
 
 
 def experts_function(spec: MoESpec) -> RunExperts:
@@ -89,4 +92,4 @@ def experts_function(spec: MoESpec) -> RunExperts:
         run = vllm_experts(spec.moe_gemm_impl, spec.experts)
     else:
         run = run_ops
-    return weight_on_input(run) if spec.routing.apply_weight_on == "input" else run
+    return WeightOnInput(run) if spec.routing.apply_weight_on == "input" else run

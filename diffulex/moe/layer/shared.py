@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +50,13 @@ class SharedExpertMLP(nn.Module):
         self.down_proj = nn.Linear(spec.total_width, hidden_size, bias=False, device=device, dtype=dtype)
         sigmoid = spec.gate == "sigmoid"
         self.gate = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=dtype) if sigmoid else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_activation"}  # not to be pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._activation = as_function(self.act)
 
     def forward(self, hidden_states: Tensor, weights_TS: Tensor | None = None) -> Tensor:
         """Sum of the experts [T, H] in the dtype of hidden_states [T, H].
