@@ -115,7 +115,7 @@ class Stored:
     whole: bool
 
     def views(self, part: Part, rows: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Views of the parameter and of stored rows [rows, ...] of any dtype, alike in shape; None: no use."""
+        """Views of the parameter and of stored rows [R, ...] of any dtype, alike in shape; None: no use."""
         if part.piece is None:
             return None
         if not self.whole and not self.rule.has("flat"):

@@ -67,6 +67,7 @@ def load_checkpoint(
             problems,
             blocks={f"{prefix}{layer}.": block for layer, block in found.items()},
             rules=scheme.forms[form],
+            roots=_roots(scheme),
         )
         problems.raise_if_any(str(path), form=f"{form} ({scheme.types[0]})")
         _copy(reader, stored)
@@ -149,13 +150,20 @@ def _misshapen(reader: CheckpointReader, stored: list[Stored]) -> dict[str, str]
 
 
 def _sort_others(
-    names: Collection[str], problems: Problems, *, blocks: Mapping[str, Block], rules: tuple[Rule, ...]
+    names: Collection[str],
+    problems: Problems,
+    *,
+    blocks: Mapping[str, Block],
+    rules: tuple[Rule, ...],
+    roots: tuple[str, ...],
 ) -> list[str]:
     """Of the names that no block takes, those that are not the blocks' at all; `problems` gets the unexpected ones.
 
-    blocks   prefix of a layer -> its block. Experts of other ranks are neither.
+    blocks   prefix of a layer -> its block
+    roots    what a block's names begin with behind that prefix
+
+    Experts of other ranks are neither.
     """
-    roots = tuple({rule.key.partition(".")[0] + "." for rule in rules})
     rest = []
     for name in sorted(names):
         prefix = next((prefix for prefix in _prefixes(name) if prefix in blocks), None)
@@ -170,6 +178,11 @@ def _sort_others(
         elif not any(r.per_expert and r.param in block.params and int(m[1]) < block.total for r, m in found):
             problems.unexpected.append(name)
     return rest
+
+
+def _roots(scheme: Scheme) -> tuple[str, ...]:
+    """The modules of a layer that a scheme knows in any of its forms: a checkpoint may hold one form alone."""
+    return tuple({rule.key.partition(".")[0] + "." for rules in scheme.forms.values() for rule in rules})
 
 
 def _copy(reader: CheckpointReader, stored: list[Stored]) -> None:

@@ -82,7 +82,7 @@ class CheckpointReader:
         return tuple(found.get_shape()), found.get_dtype()
 
     def read(self, name: str, *, start: int | None = None, stop: int | None = None) -> Tensor:
-        """A tensor on the CPU, or its rows `start` to `stop` [rows, ...], in the dtype of the file.
+        """A tensor on the CPU, or its rows `start` to `stop` [R, ...], in the dtype of the file.
 
         It is a view of the mapped file, to be copied from and let go.
         """

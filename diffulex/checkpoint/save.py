@@ -88,11 +88,16 @@ def _whole(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _pieces(stored: Stored) -> Iterator[Tensor]:
-    """The contents of a stored tensor in order, one expert's part at a time."""
+    """The contents of a stored tensor in order, one expert's part at a time, each in the place of the one before."""
+    if not stored.parts:  # no experts at all
+        return
+    first = stored.parts[0]
+    shape = stored.shape if stored.whole else (first.stop - first.start, *stored.shape[1:])
+    rows = torch.empty(shape, dtype=stored.dtype)
     for part in stored.parts:
-        shape = stored.shape if stored.whole else (part.stop - part.start, *stored.shape[1:])
-        rows = torch.zeros(shape, dtype=stored.dtype)
         views = stored.views(part, rows)
-        if views is not None:
+        if views is None:
+            rows.zero_()
+        else:
             views[1].copy_(views[0])
         yield rows

@@ -25,7 +25,7 @@ _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 
 class Entry(NamedTuple):
-    """A tensor to write: `pieces()` yields its contents in order, as tensors on any device."""
+    """A tensor to write: `pieces()` yields its contents in order, on any device; a piece is read before the next."""
 
     key: str
     shape: tuple[int, ...]
@@ -127,6 +127,7 @@ def _write(path: Path, entries: Sequence[Entry]) -> None:
                 for piece in entry.pieces():
                     flat = piece.detach().to("cpu", entry.dtype).contiguous().reshape(-1)
                     file.write(flat.view(torch.uint8).numpy().data)
+                    del piece, flat  # or the next tensor's would come on top
                 assert file.tell() - begin == entry.nbytes, entry.key
         os.replace(partial, path)
     finally:
