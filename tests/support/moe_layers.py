@@ -80,6 +80,13 @@ SPECS: dict[str, MoESpec] = {
 }
 
 
+def widened(spec: MoESpec, *, hidden: int = 64, width: int = 40) -> MoESpec:
+    """The layer with sizes for which the two norms of the ratio rule mean something; not for latent experts."""
+    experts = dataclasses.replace(spec.experts, hidden_size=hidden, intermediate_size=width)
+    shared = spec.shared and dataclasses.replace(spec.shared, width=width)
+    return dataclasses.replace(spec, hidden_size=hidden, experts=experts, shared=shared)
+
+
 @st.composite
 def routing_specs(draw: st.DrawFn, num_experts: int) -> RoutingSpec:
     """Routers of every kind for `num_experts`, weights of joint shared experts left out."""

