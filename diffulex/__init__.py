@@ -8,11 +8,11 @@ from lowering.inductor.install import install as _install_compiler
 from lowering.report import Decision
 from lowering.state import disabled, is_enabled
 
-from .explain import explain
+from .explanation import LayerReport, Report, explain
 from .integrations.transformers import install as _install_transformers
 
 __version__ = "0.1.0"
-__all__ = ["Decision", "__version__", "disabled", "explain", "is_enabled"]
+__all__ = ["Decision", "LayerReport", "Report", "__version__", "disabled", "explain", "is_enabled"]
 
 _install_compiler()
 _install_transformers()

@@ -82,6 +82,7 @@ class ReasonCode(enum.Enum):
 
     DISABLED = "diffulex is switched off here"
     NOT_CUDA = "not a CUDA device, the op's own kernel runs"
+    DEVICE = "the ops have no kernel for the device"
     NO_TRITON = "triton is not installed"
     CAPABILITY = "the device is older than sm_80"
     DTYPE = "the dtype has no generated kernel"

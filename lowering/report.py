@@ -53,8 +53,11 @@ def collect() -> Iterator[list[Decision]]:
 
 
 def layer_of(node: Any) -> str:
-    """Qualified name of the module an FX node comes from ("model.layers.0.mlp.experts"), or "" where unknown."""
-    stack = node.meta.get("nn_module_stack") or {}
+    """Qualified name of the module an FX node comes from ("model.layers.0.mlp.experts"), or "" where unknown.
+
+    A node of the backward comes from the module of its forward.
+    """
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     if not stack:
         return ""
     path = next(reversed(stack.values()))[0].replace("._modules", "")

@@ -11,7 +11,7 @@ import torch
 
 from lowering.errors import MoEOptionError, MoERangeError
 
-from ..explain import explain
+from ..explanation import explain
 from .demo import choose_device
 from .progress import progress
 

@@ -138,7 +138,7 @@ def quiet_transformers() -> None:
 
 def moe_block(model: nn.Module) -> nn.Module:
     """The first block with experts: router and experts, forward([B, S, H] floating) -> [B, S, H]."""
-    from ..explain import find_experts
+    from ..explanation import find_experts
 
     name = next(iter(find_experts(model)))
     return model.get_submodule(name.rpartition(".")[0])

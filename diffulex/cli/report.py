@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from ..explain import LayerReport, Report, layer_reports
+from ..explanation import LayerReport, Report, make_report
 from . import compare, text
 from .accuracy import ErrorRatio, Oracle
 from .compare import Result, Task
@@ -55,9 +55,9 @@ class Comparison:
     def explanation(self) -> Report:
         """What `diffulex.explain` would say, from the compilations that were made here."""
         counts = self.ours.counts
-        layers = layer_reports(self.model, list(self.ours.decisions))
         reasons = tuple(reason for reason, _ in counts.break_reasons)
-        return Report(layers, counts.graphs, counts.breaks, reasons, self.ours.decisions)
+        decisions = self.ours.decisions
+        return make_report(self.model, decisions, graphs=counts.graphs, breaks=counts.breaks, break_reasons=reasons)
 
     def continuation(self, result: Result) -> tuple[str, bool]:
         """How a continuation compares with that of stock eager, in words, and whether it counts as the same.
@@ -125,7 +125,7 @@ class Comparison:
     def _kernels(self) -> list[str]:
         if self.ours.kernels is not None:
             return [str(result.kernels) for result in self.results]
-        most = max((len(layer.kernels) for layer in self.explanation.layers), default=0)
+        most = max((len(layer.stages) for layer in self.explanation.layers), default=0)
         return ["-", "-", f"{most} ops"]
 
     def _kernel_note(self) -> str:

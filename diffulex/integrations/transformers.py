@@ -20,6 +20,7 @@ from lowering.after_import import after_import
 from lowering.state import is_enabled
 
 NAME = "diffulex"
+DEVICES = frozenset({"cpu", "cuda", "meta"})  # where the ops have kernels
 _MODULE = "transformers.integrations.moe"
 _CAPTURED = ("grouped_mm", "batched_mm")
 
@@ -51,11 +52,11 @@ def diffulex_experts_forward(
 
 
 def _captured(stock: ExpertsForward) -> ExpertsForward:
-    """The stock function in eager mode and when switched off, the ops while a graph is captured."""
+    """The stock function in eager mode, on other devices and when switched off, the ops while a graph is captured."""
 
     @functools.wraps(stock)
     def forward(self: Any, hidden_TH: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and is_enabled():
+        if torch.compiler.is_compiling() and is_enabled() and hidden_TH.device.type in DEVICES:
             return diffulex_experts_forward(self, hidden_TH, top_k_index_TK, top_k_weights_TK)
         return stock(self, hidden_TH, top_k_index_TK, top_k_weights_TK)
 

@@ -1,13 +1,16 @@
-"""A compilation of its own: Dynamo keeps what it compiled and learned by code object."""
+"""A compilation of its own: Dynamo keeps what it compiled by code object, and what it learned by its name."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
+_count = itertools.count()
+
 
 def fresh_caller(target: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that calls `target` and has a code object of its own, so that compiling it reuses nothing.
+    """A function that calls `target` and has a code object and a name of its own, so that compiling it reuses nothing.
 
     What was compiled of `target` before is neither looked at nor dropped. Arguments and result are those of `target`.
     """
@@ -15,5 +18,6 @@ def fresh_caller(target: Callable[..., Any]) -> Callable[..., Any]:
     def caller(*args: Any, **kwargs: Any) -> Any:
         return target(*args, **kwargs)
 
-    caller.__code__ = caller.__code__.replace()
+    # sizes that were seen to change are remembered by file, line and name
+    caller.__code__ = caller.__code__.replace(co_name=f"caller_{next(_count)}")
     return caller

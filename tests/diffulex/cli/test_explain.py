@@ -7,7 +7,7 @@ import torch
 
 from diffulex.cli import explain
 from diffulex.cli.main import main
-from diffulex.explain import find_experts
+from diffulex.explanation import find_experts
 
 CPU = torch.device("cpu")
 

@@ -1,6 +1,7 @@
 """The functions in transformers' registry: stock in eager mode, the ops in captured graphs, "diffulex" in both."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,6 +216,17 @@ def test_disabled_does_not_concern_the_explicit_name():
     with torch.no_grad(), diffulex.disabled():
         graphs.compile(case.module)(*case.inputs)
     assert graphs.ops() == [[1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("device", "ours"), [("cpu", True), ("cuda", True), ("meta", True), ("mps", False), ("xpu", False)]
+)
+def test_devices_without_kernels_keep_the_stock_function(device, ours, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(module_under_test, "diffulex_experts_forward", lambda *_args: "ours")
+    forward = module_under_test._captured(lambda *_args: "stock")
+    hidden = SimpleNamespace(device=torch.device(device))
+    assert forward(None, hidden, None, None) == ("ours" if ours else "stock")
 
 
 # The registry

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import diffulex
-from diffulex.explain import LayerReport, Report, find_experts, layer_reports
+from diffulex.explanation import LayerReport, Report, find_experts, make_report
 from lowering.errors import Reason, ReasonCode
 from lowering.report import Decision
 from tests.support.experts import make_case
@@ -79,7 +79,8 @@ def test_it_reads_as_text_and_as_json():
     report = explain(Model())
     text = str(report)
     assert text.startswith(
-        "2 MoE layers, 1 graph(s), 0 graph break(s)\nlayers.0.experts: captured, the ops' own kernels\n"
+        "2 MoE layers, 1 graph(s), 0 graph break(s), explained for inference (no_grad)\n"
+        "layers.0.experts: captured, the ops' own kernels\n"
     )
     assert "  activation  folded silu(g) * u" in text
     parsed = json.loads(report.to_json())
@@ -103,8 +104,7 @@ def test_a_switched_off_compiler_is_seen(monkeypatch):
         report = explain(Model())
     assert not report.all_captured
     assert {(layer.backend, layer.captured) for layer in report.layers} == {("stock", False)}
-    assert all("grouped_mm" in layer.reason for layer in report.layers)
-    assert "not captured: STRUCTURE" in str(report)
+    assert "not captured: DISABLED" in str(report)
 
 
 def test_earlier_compilations_stay():
@@ -127,9 +127,35 @@ def test_the_mode_of_the_model_decides_what_is_explained(train):
     model = Model().train(train)
     report = diffulex.explain(model, *model.inputs)
     assert report.all_captured
+    assert report.mode == ("training" if train else "inference (no_grad)")
     assert all(layer.activation.startswith("stays aten (SHARED_USE" if train else "folded") for layer in report.layers)
     with torch.no_grad():
         assert diffulex.explain(model, *model.inputs).layers[0].activation.startswith("folded")
+
+
+def test_lengths_explained_before_leave_no_trace():
+    """Dynamo makes a size that it has seen to change symbolic, of the next model too."""
+    forms = []
+    for tokens in (7, 9):
+        model = Model()
+        inputs = [tensor[:1].expand(tokens, *tensor.shape[1:]).contiguous() for tensor in model.inputs]
+        forms += [layer.form for layer in diffulex.explain(model.eval(), *inputs).layers]
+    assert ["T=7" in form or "T=9" in form for form in forms] == [True] * 4, forms
+
+
+def test_the_backward_belongs_to_the_layer_of_its_forward():
+    report = diffulex.explain(Model().train(), *Model().inputs)
+    assert report.unattributed == ()
+    for layer in report.layers:
+        assert "moe_expert_up" in layer.stages and "moe_expert_down" in layer.stages
+
+
+def test_experts_that_are_the_model():
+    case = make_case(FORM, interface)
+    case.module.config._experts_implementation = "grouped_mm"
+    report = diffulex.explain(case.module.eval(), *case.inputs)
+    assert report.all_captured
+    assert "\n(the model): captured" in str(report)
 
 
 # Reports without a compilation
@@ -151,14 +177,14 @@ def named(module, name):
 def report_of(decisions, name="model.layers.1.mlp.experts", implementation="grouped_mm"):
     experts = make_case(FORM).module
     experts.config = SimpleNamespace(_experts_implementation=implementation)
-    (layer,) = layer_reports(named(experts, name), decisions)
-    return layer
+    report = make_report(named(experts, name), decisions, graphs=1, breaks=0)
+    return next(layer for layer in report.layers if layer.name == name)
 
 
 def test_generated_kernels():
     layer = report_of([UP, DOWN, ROUTE])
     assert (layer.captured, layer.backend) == (True, "generated Triton")
-    assert layer.kernels == ("moe_expert_up triton up", "moe_expert_down triton down", "moe_route   triton route")
+    assert layer.kernels == ("moe_expert_up   triton up", "moe_expert_down triton down", "moe_route       triton route")
 
 
 def test_one_stage_with_its_own_kernel():
@@ -208,9 +234,93 @@ def test_decisions_belong_to_the_layer_they_name(name, mine):
 def test_a_router_of_a_layer_whose_number_ends_alike():
     other = dataclasses.replace(ROUTE, layer="11.mlp.gate")
     assert report_of([UP, DOWN, other], name="1.mlp.experts").kernels == (
-        "moe_expert_up triton up",
+        "moe_expert_up   triton up",
         "moe_expert_down triton down",
     )
+
+
+EAGER = SimpleNamespace(_experts_implementation="eager")
+
+
+def layers_of(names, decisions):
+    """The layers reported of a model with experts of these names, by name."""
+    model = nn.Module()
+    for name in names:
+        inner = model
+        for part in name.split(".")[:-1]:
+            if not hasattr(inner, part):
+                inner.add_module(part, nn.Module())
+            inner = getattr(inner, part)
+        inner.add_module(name.rpartition(".")[2], make_case(FORM).module)
+        getattr(inner, name.rpartition(".")[2]).config = EAGER
+    report = make_report(model, decisions, graphs=1, breaks=0)
+    return {layer.name: layer for layer in report.layers}
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_name_that_is_the_end_of_another(prefix):
+    names = ["layers.0.experts", "mtp.layers.0.experts"]
+    decisions = [dataclasses.replace(d, layer=f"{prefix}mtp.layers.0.experts") for d in (UP, DOWN)]
+    decisions.append(dataclasses.replace(ROUTE, layer=f"{prefix}mtp.layers.0.gate"))
+    layers = layers_of(names, decisions)
+    assert [layers[name].captured for name in names] == [False, True]
+    assert layers[names[0]].reason.startswith("EAGER_EXPERTS")
+    assert [len(layers[name].kernels) for name in names] == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("layer", "owner"),
+    [
+        ("layers.0.gate", "layers.0.experts"),
+        ("layers.0.router.linear", "layers.0.experts"),
+        ("mtp.layers.0.router", "mtp.layers.0.experts"),
+        ("layers.1.mlp.router", "layers.1.mlp"),
+        ("gate", "experts"),
+    ],
+)
+def test_routers_belong_to_the_nearest_experts(layer, owner):
+    layers = layers_of(["experts", "layers.0.experts", "mtp.layers.0.experts", "layers.1.mlp"], [
+        dataclasses.replace(ROUTE, layer=layer),
+    ])  # fmt: skip
+    assert [name for name, found in layers.items() if found.kernels] == [owner]
+
+
+def test_every_decision_counts():
+    """A stage that was refused in one graph and not in the next is no generated layer."""
+    refused = dataclasses.replace(UP, outcome="own", reason=Reason(ReasonCode.SHAPE, "graph 1"))
+    layer = report_of([refused, DOWN, UP, DOWN])
+    assert layer.backend == "the ops' own kernels"
+    assert layer.kernels == (
+        "moe_expert_up   own (SHAPE: graph 1)",
+        "moe_expert_up   triton up",
+        "moe_expert_down triton down",
+    )
+    assert layer.stages == {"moe_expert_up", "moe_expert_down"}
+
+
+def test_layers_without_a_module_of_experts():
+    """A model that writes its experts out: the decisions name it."""
+    spine = Decision("recognise", "spine_pass", "h.1.ffn", "stock", Reason(ReasonCode.SHAPE, "not K ids a token"))
+    decisions = [dataclasses.replace(d, layer="h.0.ffn") for d in (UP, DOWN)] + [spine]
+    report = make_report(nn.Linear(2, 2), decisions, graphs=1, breaks=0)
+    assert [(layer.name, layer.captured) for layer in report.layers] == [("h.0.ffn", True), ("h.1.ffn", False)]
+    assert report.layers[1].reason == "SHAPE: not K ids a token"
+    assert report.unattributed == ()
+
+
+def test_decisions_of_no_layer_are_shown():
+    report = make_report(nn.Linear(2, 2), [dataclasses.replace(UP, layer="")], graphs=1, breaks=0)
+    assert report.unattributed == ("moe_expert_up triton up",)
+    assert "in no layer known by name:\n  moe_expert_up triton up" in str(report)
+
+
+def test_a_device_without_kernels():
+    experts = make_case(FORM).module.to("meta")
+    experts.config = SimpleNamespace(_experts_implementation="grouped_mm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffulex.explanation, "DEVICES", frozenset({"cpu"}))
+        (layer,) = make_report(named(experts, "experts"), [], graphs=1, breaks=0).layers
+    assert layer.reason == "DEVICE: device meta"
 
 
 def test_experts_are_found_by_their_weights():
@@ -226,10 +336,29 @@ def test_experts_are_found_by_their_weights():
     assert find_experts(nn.Linear(2, 2)) == {}
 
 
+def test_experts_in_lists_and_in_halves():
+    """Families outside transformers' interface: a list of one module an expert, one bank for each of the two GEMMs."""
+
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_experts, self.weight = 4, nn.Parameter(torch.zeros(4, 8, 8))
+
+    model = nn.ModuleDict(
+        {
+            "listed": nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])}),
+            "halves": nn.ModuleDict({"up": Half(), "down": Half()}),
+        }
+    )
+    assert list(find_experts(model)) == ["listed.experts", "halves"]
+    report = make_report(model, [], graphs=1, breaks=0)
+    assert {layer.reason.partition(":")[0] for layer in report.layers} == {"NO_INTERFACE"}
+
+
 def test_a_model_without_experts_is_not_captured():
     report = Report((), 1, 0)
     assert not report.all_captured
-    assert str(report) == "0 MoE layers, 1 graph(s), 0 graph break(s)"
+    assert str(report) == "0 MoE layers, 1 graph(s), 0 graph break(s), explained for inference (no_grad)"
 
 
 def test_one_layer_that_is_not_captured_spoils_it():

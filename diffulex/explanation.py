@@ -1,0 +1,220 @@
+"""`diffulex.explain(model, *inputs)`: what the compiler did with each MoE layer, and why where it did nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowering.errors import Reason, ReasonCode
+from lowering.inductor.fresh import fresh_caller
+from lowering.report import Decision, collect
+from lowering.state import is_enabled
+
+from .integrations.transformers import DEVICES
+
+_GEMM_OPS = frozenset({"moe_expert_up", "moe_expert_down"})
+_LAYER_SUBJECTS = _GEMM_OPS | {"spine_pass"}
+# these work on the router, which is another child of the block that holds the experts
+_ROUTER_SUBJECTS = frozenset({"moe_route", "router_linear_pass"})
+INFERENCE, TRAINING = "inference (no_grad)", "training"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """One MoE layer. `captured`: its experts run through the ops; `form`: sizes and activation of its region;
+    `kernels`: one line per stage that was lowered, more where graphs or directions differ.
+    """
+
+    name: str
+    captured: bool
+    backend: str
+    form: str
+    kernels: tuple[str, ...]
+    router: str
+    activation: str
+    reason: str | None = None
+
+    @property
+    def stages(self) -> frozenset[str]:
+        """The ops the layer runs."""
+        return frozenset(kernel.split()[0] for kernel in self.kernels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The layers of a model, and what Dynamo did with it: graphs, graph breaks and their reasons.
+
+    mode: what was compiled, inference or training. unattributed: stages that were lowered for no layer known by name.
+    """
+
+    layers: tuple[LayerReport, ...]
+    graphs: int
+    breaks: int
+    break_reasons: tuple[str, ...] = ()
+    mode: str = INFERENCE
+    unattributed: tuple[str, ...] = ()
+    decisions: tuple[Decision, ...] = dataclasses.field(default=(), repr=False)
+
+    @property
+    def all_captured(self) -> bool:
+        """Whether there are MoE layers and each runs through the ops."""
+        return bool(self.layers) and all(layer.captured for layer in self.layers)
+
+    def to_json(self) -> str:
+        """The report as a JSON object, decisions left out."""
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k != "decisions"}
+        return json.dumps(fields, indent=2)
+
+    def __str__(self) -> str:
+        counts = f"{len(self.layers)} MoE layers, {self.graphs} graph(s), {self.breaks} graph break(s)"
+        lines = [f"{counts}, explained for {self.mode}"]
+        lines += [f"  break: {reason}" for reason in self.break_reasons]
+        for layer in self.layers:
+            state = f"captured, {layer.backend}" if layer.captured else f"not captured: {layer.reason}"
+            lines.append(f"{layer.name or '(the model)'}: {state}")
+            if layer.captured:
+                lines += [
+                    f"  form        {layer.form}",
+                    f"  router      {layer.router}",
+                    f"  activation  {layer.activation}",
+                ]
+                lines += [f"  {kernel}" for kernel in layer.kernels]
+        if self.unattributed:
+            lines += ["in no layer known by name:", *(f"  {kernel}" for kernel in self.unattributed)]
+        return "\n".join(lines)
+
+
+def find_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that hold experts, by name: modules called `experts`, and those with weights of rank 3 for `num_experts`.
+
+    A module with one such weight is half of a layer's experts: the module around it is given instead.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        banks = sum(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+        if name.rpartition(".")[2] == "experts" or (hasattr(module, "num_experts") and banks > 1):
+            found[name] = module
+        elif hasattr(module, "num_experts") and banks == 1:
+            parent = name.rpartition(".")[0]
+            found.setdefault(parent, model.get_submodule(parent))
+    return found
+
+
+def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
+    """Compile `model` once for these inputs (tensors [B, S] or [T, H] of any dtype), run it, and report.
+
+    A model in eval mode is explained for inference, under `torch.no_grad`, one in train mode for training (unless
+    inside `torch.no_grad`). Compiles afresh with caches off, so that every decision is seen; the model and earlier
+    compilations are untouched.
+    """
+    from torch._dynamo.utils import counters  # here, not above: these load triton
+    from torch._inductor import config as inductor_config
+
+    model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
+    training = model.training and torch.is_grad_enabled()
+    graphs_before, breaks_before = counters["stats"]["unique_graphs"], counters["graph_break"].copy()
+    with (
+        torch.set_grad_enabled(training),
+        inductor_config.patch(force_disable_caches=True),
+        collect() as decisions,
+    ):
+        torch.compile(fresh_caller(model))(*args, **kwargs)
+    graphs, breaks = counters["stats"]["unique_graphs"] - graphs_before, counters["graph_break"] - breaks_before
+    report = make_report(model, decisions, graphs=graphs, breaks=breaks.total(), break_reasons=tuple(breaks))
+    return dataclasses.replace(report, mode=TRAINING if training else INFERENCE)
+
+
+def make_report(
+    model: nn.Module, decisions: Iterable[Decision], *, graphs: int, breaks: int, break_reasons: tuple[str, ...] = ()
+) -> Report:
+    """What the decisions of one or more compilations of `model` for inference come to, for each of its MoE layers.
+
+    Layers without a module of experts are told by the names that the decisions give them.
+    """
+    decisions = tuple(decisions)
+    experts: dict[str, nn.Module | None] = dict(find_experts(model))
+    for decision in decisions:
+        if decision.layer and decision.subject in _LAYER_SUBJECTS and _owner(decision, experts) is None:
+            experts[decision.layer] = None
+    mine: dict[str | None, list[Decision]] = {name: [] for name in (*experts, None)}
+    for decision in decisions:
+        mine[_owner(decision, experts)].append(decision)
+    layers = tuple(_layer(name, module, mine[name]) for name, module in experts.items())
+    unattributed = _lines(decision for decision in mine[None] if decision.stage == "lower" or decision.reason)
+    return Report(layers, graphs, breaks, break_reasons, unattributed=unattributed, decisions=decisions)
+
+
+def _owner(decision: Decision, names: Collection[str]) -> str | None:
+    """The experts a decision is about, of all those with these names: the longest name that fits."""
+    layer = decision.layer
+    found = _fitting(layer, names)
+    if found is None and decision.subject in _ROUTER_SUBJECTS:
+        blocks = {name.rpartition(".")[0]: name for name in names}
+        while layer and found is None:  # from the router outwards, to the first module that has experts
+            block = _fitting(layer, blocks)
+            found = _fitting(layer, names) or (blocks[block] if block else None)
+            layer = layer.rpartition(".")[0]
+        found = blocks.get("") if found is None else found
+    return "" if found is None and "" in names else found
+
+
+def _fitting(layer: str, names: Iterable[str]) -> str | None:
+    """The longest of the names that are the end of `layer`: what was compiled may hold the model that is explained."""
+    return max((name for name in names if name and f".{layer}".endswith(f".{name}")), key=len, default=None)
+
+
+def _lines(decisions: Iterable[Decision]) -> tuple[str, ...]:
+    """One line for each thing that was said of a subject, the subjects in the order in which they first came."""
+    told: dict[str, dict[str, None]] = {}
+    for decision in decisions:
+        told.setdefault(decision.subject, {})[_told(decision)] = None
+    width = max(map(len, told), default=0)
+    return tuple(f"{subject:{width}} {line}" for subject, lines in told.items() for line in lines)
+
+
+def _told(decision: Decision) -> str:
+    return decision.outcome + (f" ({decision.reason})" if decision.reason is not None else "")
+
+
+def _layer(name: str, module: nn.Module | None, decisions: list[Decision]) -> LayerReport:
+    lowered = [decision for decision in decisions if decision.stage == "lower"]
+    captured = {decision.subject for decision in lowered} >= _GEMM_OPS
+    generated = captured and all(decision.reason is None for decision in lowered)
+    return LayerReport(
+        name=name,
+        captured=captured,
+        form=_outcomes(decisions, "region"),
+        backend="generated Triton" if generated else "the ops' own kernels" if captured else "stock",
+        kernels=_lines(lowered),
+        router=_outcomes(decisions, "route_pass"),
+        activation=_outcomes(decisions, "activation_pass"),
+        reason=None if captured else str(_why_not(module, decisions)),
+    )
+
+
+def _outcomes(decisions: list[Decision], subject: str) -> str:
+    told = dict.fromkeys(_told(decision) for decision in decisions if decision.subject == subject)
+    return "; ".join(told) or "not looked at"
+
+
+def _why_not(module: nn.Module | None, decisions: list[Decision]) -> Reason:
+    if not is_enabled():
+        return Reason(ReasonCode.DISABLED)
+    for decision in decisions:
+        if decision.subject == "spine_pass" and decision.reason is not None:
+            return decision.reason
+    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    if implementation is None or not hasattr(module, "has_gate"):  # what transformers' interface gives to experts
+        kind = getattr(module, "moe_gemm_impl", None)
+        return Reason(ReasonCode.NO_INTERFACE) if kind is None else Reason(ReasonCode.OPTION, f"moe_gemm_impl={kind!r}")
+    if implementation == "eager":
+        return Reason(ReasonCode.EAGER_EXPERTS)
+    device = next((parameter.device.type for parameter in module.parameters()), "cpu") if module is not None else "cpu"
+    if device not in DEVICES:
+        return Reason(ReasonCode.DEVICE, f"device {device}")
+    return Reason(ReasonCode.STRUCTURE, f"experts_implementation={implementation!r} left no expert ops in the graph")
