@@ -1,7 +1,8 @@
 """The ratio rule: an error against an fp64 oracle, as a multiple of the error eager torch makes in the same dtype.
 
 No tolerance is chosen by hand. Mean error at most 1.1 times, largest at most 2 times and one rounding of the largest
-value; 10 times both for float32, where eager is too close to exact to be a scale. The same places are finite.
+value; 10 times both for float32, where eager is too close to exact to be a scale. NaN and infinities are at the same
+places.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 _LIMITS = {torch.float32: (10.0, 10.0)}
 _LIMITS_16_BIT = (1.1, 2.0)
+_KINDS = (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf))
 
 
 class _Widen(TorchFunctionMode):
@@ -65,33 +67,54 @@ class ErrorRatio:
 def error_ratio(ours: Sequence[Tensor], eager: Sequence[Tensor], *, oracle: Sequence[Tensor]) -> ErrorRatio:
     """Compare outputs of several inputs as one: ours and eager [...] of one dtype, oracle [...] float64, in pairs.
 
-    Eager's error counts as at least that of the oracle rounded once to the dtype: luck is no scale.
+    Where there are values but none is finite, nothing is compared, and that is a problem.
     """
     if [tuple(t.shape) for t in ours] != [tuple(t.shape) for t in oracle]:
         return ErrorRatio(None, None, f"shapes {_shapes(ours)}, expected {_shapes(oracle)}")
     if {t.dtype for t in ours} != {t.dtype for t in eager}:
         return ErrorRatio(None, None, f"{ours[0].dtype}, eager returns {eager[0].dtype}")
-    mine, stock, exact = (_flat(tensors) for tensors in (ours, eager, oracle))
-    rounded = exact.to(ours[0].dtype).double()
-    if not torch.equal(mine.isfinite(), rounded.isfinite()):
-        return ErrorRatio(None, None, f"{int((~mine.isfinite()).sum())} values are not finite")
-    finite = rounded.isfinite() & stock.isfinite()
+    mine, stock, exact = (torch.cat([t.detach().flatten() for t in tensors]) for tensors in (ours, eager, oracle))
+    found = compare_errors(mine, stock, oracle=exact)
+    if mine.numel() and found.mean is None and not found.problem:
+        return dataclasses.replace(found, problem=f"none of {mine.numel()} values is finite")
+    return found
+
+
+def mask_problem(ours: Tensor, oracle: Tensor) -> str:
+    """What is not alike in the NaN and the infinities of two tensors [...] of one shape and dtype, or nothing."""
+    for name, kind in _KINDS:
+        here, there = kind(ours), kind(oracle)
+        if not torch.equal(here, there):
+            return f"{name} at {int(here.sum())} places, the oracle has {int(there.sum())}"
+    return ""
+
+
+def compare_errors(ours: Tensor, eager: Tensor, *, oracle: Tensor) -> ErrorRatio:
+    """The rule for ours and eager [...] of one dtype and oracle [...] float64, all of one shape.
+
+    Eager's error counts as at least that of the oracle rounded once to the dtype: luck is no scale. Where eager alone
+    is not finite ours is held to the scale of the other places.
+    """
+    rounded = oracle.to(ours.dtype)
+    if misplaced := mask_problem(ours, rounded):
+        return ErrorRatio(None, None, misplaced)
+    finite = rounded.isfinite()
     if not finite.any():
         return ErrorRatio(None, None)
-    error, scale, rounding = ((t[finite] - exact[finite]).abs() for t in (mine, stock, rounded))
-    band = torch.finfo(ours[0].dtype).eps * exact[finite].abs().max()
-    mean_limit, max_limit = _LIMITS.get(ours[0].dtype, _LIMITS_16_BIT)
+    error, rounding, scale = (
+        (tensor[places].double() - oracle[places]).abs()
+        for tensor, places in ((ours, finite), (rounded, finite), (eager, finite & eager.isfinite()))
+    )
+    scale = torch.cat([scale, scale.new_zeros(0 if scale.numel() else 1)])
+    band = torch.finfo(ours.dtype).eps * oracle[finite].abs().max()
+    mean_limit, max_limit = _LIMITS.get(ours.dtype, _LIMITS_16_BIT)
     mean_scale, max_scale = max(scale.mean(), rounding.mean()), max(scale.max(), rounding.max())
     problem = ""
     if error.mean() > mean_limit * mean_scale:
-        problem = f"mean error {error.mean():.3g}, eager's {mean_scale:.3g}, limit {mean_limit}x"
+        problem = f"mean error over {mean_limit} x eager's: {error.mean():.3g}, eager's {mean_scale:.3g}"
     elif error.max() > max_limit * max_scale + band:
-        problem = f"largest error {error.max():.3g}, eager's {max_scale:.3g}, limit {max_limit}x"
+        problem = f"largest error over {max_limit} x eager's: {error.max():.3g}, eager's {max_scale:.3g}"
     return ErrorRatio(_over(error.mean(), mean_scale), _over(error.max(), max_scale), problem)
-
-
-def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([t.detach().double().flatten() for t in tensors])
 
 
 def _over(error: Tensor, scale: Tensor) -> float:

@@ -7,7 +7,6 @@ same places finite, infinite and NaN.
 from __future__ import annotations
 
 import collections
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,22 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-MEAN_RATIO = 1.1
-MAX_RATIO = 2.0
-FP32_RATIO = 10.0
+from diffulex.cli.accuracy import compare_errors, mask_problem
+
 # fp64 has no wider oracle: results must agree to a few thousand roundings of the largest value.
 NEAR_EXACT = 1e-12
-
-
-@dataclasses.dataclass(frozen=True)
-class OracleErrors:
-    """Errors against the oracle in two norms, and the oracle's largest finite magnitude."""
-
-    mean_ours: float
-    mean_eager: float
-    max_ours: float
-    max_eager: float
-    scale: float
 
 
 def _check_alike(ours: Tensor, other: Tensor, name: str) -> None:
@@ -38,39 +25,16 @@ def _check_alike(ours: Tensor, other: Tensor, name: str) -> None:
     assert ours.device == other.device, f"on {ours.device}, {name} on {other.device}"
 
 
-def _check_masks(ours: Tensor, wanted: Tensor) -> None:
-    """NaN where the oracle has NaN, the same infinities, finite elsewhere."""
-    kinds = (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf))
-    for name, kind in kinds:
-        differs = kind(ours) != kind(wanted)
-        assert not differs.any(), f"{name} at {int(kind(ours).sum())} places, the oracle has {int(kind(wanted).sum())}"
-
-
-def _errors(ours: Tensor, eager: Tensor, oracle: Tensor) -> OracleErrors:
-    finite = torch.isfinite(ours) & torch.isfinite(eager) & torch.isfinite(oracle)
-    exact = oracle[finite].double()
-    if exact.numel() == 0:
-        return OracleErrors(0.0, 0.0, 0.0, 0.0, 0.0)
-    error, eager_error, rounding = ((t[finite].double() - exact).abs() for t in (ours, eager, oracle.to(ours.dtype)))
-    # The oracle rounded once to the dtype cannot be beaten, but eager may do so by luck in a small tensor.
-    return OracleErrors(
-        mean_ours=error.mean().item(),
-        mean_eager=max(eager_error.mean().item(), rounding.mean().item()),
-        max_ours=error.max().item(),
-        max_eager=max(eager_error.max().item(), rounding.max().item()),
-        scale=exact.abs().max().item(),
-    )
-
-
 def assert_near_exact(ours: Tensor, oracle: Tensor, *, what: str = "output") -> None:
     """Two fp64 results of any shape agree to `NEAR_EXACT` of the largest magnitude, with equal NaN and inf masks."""
     assert ours.dtype == oracle.dtype == torch.float64, f"{what}: {ours.dtype}, oracle in {oracle.dtype}"
     _check_alike(ours, oracle, "oracle")
-    _check_masks(ours, oracle)
-    errors = _errors(ours, oracle, oracle)
-    assert errors.max_ours <= NEAR_EXACT * errors.scale, (
-        f"{what}: error {errors.max_ours:.3g}, scale {errors.scale:.3g}"
-    )
+    misplaced = mask_problem(ours, oracle)
+    assert not misplaced, f"{what}: {misplaced}"
+    finite = oracle.isfinite()
+    if finite.any():
+        error, scale = (ours - oracle)[finite].abs().max().item(), oracle[finite].abs().max().item()
+        assert error <= NEAR_EXACT * scale, f"{what}: error {error:.3g}, scale {scale:.3g}"
 
 
 def assert_oracle_ratio(ours: Tensor, eager: Tensor, oracle: Tensor, *, what: str = "output") -> None:
@@ -86,13 +50,8 @@ def assert_oracle_ratio(ours: Tensor, eager: Tensor, oracle: Tensor, *, what: st
         assert_near_exact(ours, oracle, what=what)
         return
     _check_alike(ours, oracle, "oracle")
-    _check_masks(ours, oracle.to(ours.dtype))
-    errors = _errors(ours, eager, oracle)
-    fp32 = ours.dtype == torch.float32
-    mean_ratio, max_ratio = (FP32_RATIO, FP32_RATIO) if fp32 else (MEAN_RATIO, MAX_RATIO)
-    band = torch.finfo(ours.dtype).eps * errors.scale
-    assert errors.mean_ours <= mean_ratio * errors.mean_eager, f"{what}: mean error over {mean_ratio} x eager, {errors}"
-    assert errors.max_ours <= max_ratio * errors.max_eager + band, f"{what}: max over {max_ratio} x eager, {errors}"
+    problem = compare_errors(ours.detach(), eager.detach(), oracle=oracle.detach()).problem
+    assert not problem, f"{what}: {problem}"
 
 
 def random_like(tensor: Tensor, *, seed: int = 9) -> Tensor:

@@ -1,5 +1,7 @@
 """The ratio rule as the demo applies it, and the float64 oracle."""
 
+import math
+
 import pytest
 import torch
 
@@ -45,12 +47,30 @@ def test_eager_that_is_exact_by_luck_is_no_scale():
     assert not ratio(rounded, rounded).problem
 
 
-def test_values_that_are_not_finite_break_the_rule_unless_the_oracle_has_them_too():
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_break_the_rule_unless_the_oracle_has_them_too(value):
     broken, exact = EXACT.float(), EXACT.clone()
-    broken[3] = float("nan")
-    assert "not finite" in ratio(broken, EXACT.float()).problem
-    exact[3] = float("nan")
+    broken[3] = value
+    assert "at 1 places, the oracle has 0" in ratio(broken, EXACT.float()).problem
+    exact[3] = value
     assert not error_ratio([broken], [EXACT.float()], oracle=[exact]).problem
+    for other in {math.nan, math.inf, -math.inf} - {value}:
+        exact[3] = other
+        assert "places, the oracle has" in error_ratio([broken], [EXACT.float()], oracle=[exact]).problem
+
+
+def test_eager_that_is_not_finite_excuses_nothing():
+    stock, ours = EXACT.float(), EXACT.float()
+    stock[3] = math.nan
+    assert not ratio(ours, stock).problem
+    ours[3] += 100
+    assert "error over" in ratio(ours, stock).problem
+    assert "error over" in ratio(ours, torch.full_like(stock, math.nan)).problem
+
+
+def test_values_of_which_none_is_finite_are_not_compared():
+    nothing = torch.full((3,), math.nan)
+    assert "none of 3 values" in error_ratio([nothing], [nothing], oracle=[nothing.double()]).problem
 
 
 def test_shapes_and_dtypes_must_agree_and_nothing_is_a_result_too():

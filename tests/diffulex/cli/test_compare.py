@@ -68,6 +68,13 @@ def test_all_variants_run_the_same_task(model, task):
     assert ratios[3].mean == pytest.approx(1, abs=0.01)
 
 
+def test_tokens_of_which_none_is_compared_break_the_rule(model):
+    unclear = compare.Reference((torch.zeros(1, 3, 264).double(),), (torch.zeros(3, dtype=torch.bool),))
+    outputs = {3: [torch.zeros(1, 3, 264)]}
+    eager, ours = result(compare.EAGER, outputs=outputs), result(compare.OURS, outputs=outputs)
+    assert "no token is compared" in compare.accuracy(ours, eager, references={3: unclear})[3].problem
+
+
 def test_continuation_takes_the_most_likely_token_of_the_growing_text():
     def count_up(input_ids, use_cache):
         assert not use_cache
