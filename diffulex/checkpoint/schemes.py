@@ -132,6 +132,7 @@ SCHEMES = (
     _scheme("hy_v4", _gate() + _fused() + _shared()),
     _scheme("axk1", _gate() + _fused() + _shared() + _AXK1, _gate() + _split() + _shared()),
     _scheme("exaone_moe", _gate() + _fused() + _shared(), _MLP_BIAS + _split() + _shared()),
+    _scheme("kolibri1", _gate() + _fused() + _shared(), _gate(bias="moe.router.expert_bias") + _split() + _shared()),
     _scheme("bailing_hybrid llada2_moe", _gate() + _fused() + _shared(), _EXPERT_BIAS + _split() + _shared()),
     _scheme(
         "llada llada_moe",

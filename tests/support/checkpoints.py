@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,8 @@ class CheckpointCase:
     paths    parameter of a block -> path under the layer's module; several are stacked in dimension 0
     shared   path of the shared MLP under the layer's module
     mend     parameter -> what makes the module's tensor the block's
+    model_class  where transformers has no causal language model for the config
+    wrapper  model type whose conversion makes the names of its checkpoints
     """
 
     family: str
@@ -64,7 +67,10 @@ class CheckpointCase:
     shared: str = ""
     mend: dict[str, Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=dict)
     interleaved: bool = False
+    num_shared: int = 1
     layers: str = "model.layers"
+    wrapper: str = ""
+    model_class: str = ""
 
     @property
     def all_paths(self) -> dict[str, tuple[str, ...]]:
@@ -99,6 +105,7 @@ _MLP_BIAS = _experts("mlp.experts", "mlp.gate.weight", _BIAS)
 _E, _N, _L = {"num_experts": EXPERTS}, {"n_routed_experts": EXPERTS}, {"num_local_experts": EXPERTS}
 _T = {"w13": _transposed, "w2": _transposed}
 _OAI = {"gate.bias": "mlp.router.bias", "b13": "mlp.experts.gate_up_proj_bias", "b2": "mlp.experts.down_proj_bias"}
+_SPARSE = {"mlp_layer_types": ["sparse"] * 2}
 _GROUPS = {"n_group": 2, "topk_group": 1}
 
 CASES = [
@@ -206,18 +213,79 @@ CASES = [
         _experts("experts", "router.proj.weight")
         | {"gate.input_scale": "router.scale", "router.per_expert_scale": "router.per_expert_scale"},
     ),
+    CheckpointCase(
+        "laguna",
+        _E | _SPARSE | {"shared_expert_intermediate_size": 8, "num_attention_heads_per_layer": [2, 2]},
+        _MLP_BIAS,
+        shared="mlp.shared_experts",
+    ),
+    CheckpointCase(
+        "hy_v3",
+        _E | _SPARSE | {"num_shared_experts": 2},
+        _experts("mlp.experts", "mlp.gate.weight", "mlp.e_score_correction_bias"),
+        shared="mlp.shared_experts",
+    ),
+    CheckpointCase("exaone_moe", _E | _SPARSE | _GROUPS, _MLP_BIAS, shared="mlp.shared_experts"),
+    CheckpointCase("kimi_linear", _E | _SPARSE | _MLA, _MLP_BIAS, shared="mlp.shared_experts"),
+    CheckpointCase("glm4_moe", _N | _GROUPS | {"first_k_dense_replace": 0}, _MLP_BIAS, shared="mlp.shared_experts"),
+    CheckpointCase("deepseek_v4", _N | {"mlp_layer_types": ["moe"] * 2}, _MLP_BIAS, shared="mlp.shared_experts"),
+    CheckpointCase(
+        "step3p5",
+        _N | _SPARSE | {"share_expert_dim": 8, "layer_types": ["full_attention"] * 2},
+        _MLP_BIAS,
+        shared="mlp.shared_experts",
+        wrapper="step3p7",
+        model_class="Step3p7TextModel",
+        layers="layers",
+    ),
+    CheckpointCase(
+        "minimax_m3_vl_text",
+        _L | _SPARSE | {"shared_intermediate_size": 8},
+        _MLP_BIAS
+        | {
+            "shared_experts.gate_up_proj.weight": "mlp.shared_experts.gate_up_proj.weight",
+            "shared_experts.down_proj.weight": "mlp.shared_experts.down_proj.weight",
+        },
+        wrapper="minimax_m3_vl",
+    ),
+    CheckpointCase(
+        "inkling_text",
+        _N | _SPARSE | {"n_shared_experts": 2, "shared_expert_sink": True},
+        _MLP_BIAS
+        | {
+            "router.global_scale": "mlp.gate.global_scale",
+            "shared_experts.gate_up_proj.weight": ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+            "shared_experts.down_proj.weight": "mlp.shared_experts.down_proj",
+        },
+        mend={
+            "shared_experts.gate_up_proj.weight": lambda t: t.flatten(0, 1),
+            "shared_experts.down_proj.weight": lambda t: torch.cat([*t], dim=1),
+        },
+        wrapper="inkling_mm_model",
+        num_shared=2,
+        model_class="InklingTextModel",
+        layers="layers",
+    ),
 ]
 BY_FAMILY = {case.family: case for case in CASES}
 
 
 def tiny_model(case: CheckpointCase, *, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A causal language model of the family with seeded weights."""
+    """A language model of the family with seeded weights."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     config = AutoConfig.for_model(case.family, **(case.options if case.family == "dbrx" else _COMMON | case.options))
-    kinds = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    kind: Any = kinds[0] if isinstance(kinds, tuple | list) else kinds
+    if case.model_class:
+        kind = getattr(
+            importlib.import_module(type(config).__module__.replace("configuration", "modeling")), case.model_class
+        )
+    else:
+        kinds: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        kind = kinds[0] if isinstance(kinds, tuple | list) else kinds
     model = kind._from_config(config, dtype=dtype)
+    if case.wrapper:
+        model._weight_conversions = get_checkpoint_conversion_mapping(case.wrapper)
     fill_weights(model)
     generator = torch.Generator().manual_seed(1)
     for name, buffer in model.named_buffers():
@@ -245,6 +313,7 @@ def empty_blocks(case: CheckpointCase, truth: dict[int, dict[str, Tensor]], **op
         layer: Block(
             {name: torch.full_like(value, 77.0).contiguous() for name, value in params.items()},
             interleaved=case.interleaved,
+            num_shared=case.num_shared,
             **options,
         )
         for layer, params in truth.items()

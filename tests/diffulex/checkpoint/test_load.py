@@ -274,3 +274,34 @@ def test_the_rank_still_sees_what_belongs_to_nobody(tmp_path):
     with pytest.raises(MoECheckpointError) as caught:
         load_checkpoint(_rank((1,)), write(tmp_path / "c", v4() | extra), model_type="mixtral")
     assert caught.value.unexpected == (*extra,) and not caught.value.missing
+
+
+DIFFUSION = {
+    "llada2_moe": ("mlp.gate.expert_bias", "mlp.shared_experts"),
+    "llada_moe": ("mlp.expert_bias", "shared_expert"),
+    "sdar_moe": (None, None),
+}
+
+
+@pytest.mark.parametrize(("model_type", "names"), DIFFUSION.items(), ids=DIFFUSION)
+def test_diffusion_models_that_transformers_has_no_class_for(model_type, names, tmp_path):
+    """Their checkpoints name one linear layer per expert and projection."""
+    bias, shared = names
+    params = dict(weights(5))
+    at = "model.layers.0"
+    tensors = {f"{at}.mlp.gate.weight": params["gate.weight"]}
+    for e in range(EXPERTS):
+        gate, up = params["w13"][e].clone().chunk(2)
+        expert = {"gate_proj": gate.clone(), "up_proj": up.clone(), "down_proj": params["w2"][e].clone()}
+        tensors |= {f"{at}.mlp.experts.{e}.{name}.weight": tensor for name, tensor in expert.items()}
+    if bias:
+        params["router.correction_bias"] = tensors[f"{at}.{bias}"] = torch.randn(EXPERTS)
+        gate, up, down = torch.randn(3, HIDDEN), torch.randn(3, HIDDEN), torch.randn(HIDDEN, 3)
+        mlp = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+        tensors |= {f"{at}.{shared}.{name}.weight": tensor for name, tensor in mlp.items()}
+        params["shared_experts.gate_up_proj.weight"] = torch.cat([gate, up])
+        params["shared_experts.down_proj.weight"] = down
+    block = Block({name: torch.full_like(tensor, 77.0) for name, tensor in params.items()})
+    assert load_checkpoint({0: block}, write(tmp_path / "c", tensors), model_type=model_type) == []
+    for name, tensor in params.items():
+        assert torch.equal(block.params[name], tensor), name

@@ -30,7 +30,6 @@ WITHOUT = {
     "ernie4_5_vl_moe_text": "two banks of experts in a layer",
     "inkling2_text": "soft caps on gate and up",
     "jetmoe": "a bias on the sum of all experts",
-    "kolibri1": "a selection bias on the logits",
     "muse_spark_text": "a norm on the output of each expert",
     "nllb-moe": "experts that drop tokens",
     "switch_transformers": "experts that drop tokens",
