@@ -52,14 +52,16 @@ class RoutingSpec:
     num_null       so many candidates behind the E experts have no weights (LongCat, Zaya): ids E, E + 1, ...
     null           what they do: "identity" returns the token times its weight, "skip" nothing
     select_bias, per_expert_scale, logits_bias, global_scale
-                   the router owns a bias of the choice [E], a factor on the weight of each expert [E], a bias of the
-                   logits [E], one factor on all weights [1]
+                   the router owns a bias of the choice [E + num_null], a factor on the weight of each of these, a bias
+                   of all logits, one factor on all weights [1]
     logits_dtype   the router's product is computed in it; None means the dtype of the model
     logits_scale   factor on that product
-    logits_given   the model computes the logits with code of its own and hands them over
+    logits_given   the model computes the logits with code of its own and hands them over (Zaya)
+    ids_given      a table by token id chooses the experts, the router only weighs them (DeepSeek-V4)
     weight_dtype   the weights reach the experts in it; None means the dtype of the model
     input_norm_eps eps of an RMS norm in front of the router, without weight, then a factor [H] and H ** -0.5 (Gemma 4)
-    jitter         in training, the router's input is multiplied by uniform noise from 1 - jitter to 1 + jitter
+    jitter         in training, what the router and the experts read is multiplied by uniform noise around 1,
+                   from 1 - jitter to 1 + jitter
     apply_weight_on  the weight multiplies the experts' "output" or their "input" (Llama 4)
     """
 
@@ -89,6 +91,7 @@ class RoutingSpec:
     logits_dtype: str | None = None
     logits_scale: float = 1.0
     logits_given: bool = False
+    ids_given: bool = False
     weight_dtype: str | None = "float32"
     input_norm_eps: float | None = None
     jitter: float = 0.0

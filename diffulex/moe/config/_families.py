@@ -44,19 +44,11 @@ class Shared:
 
 
 @dataclasses.dataclass(frozen=True)
-class Refusal:
-    """Something a spec cannot express: always, or where the attribute is set to anything but a harmless value."""
-
-    reason: str
-    attribute: str = ""
-    harmless: tuple[object, ...] = (None, False, 0)
-
-
-@dataclasses.dataclass(frozen=True)
 class Family:
     """How one family names its facts; the defaults are the generic rules.
 
     count, top_k, width, hidden, layers    attribute names in order of preference, or the fixed number
+    latent       attribute of the size between the projections around the experts, "" where there are none
     enabled      attribute that has to be true for any layer to be MoE
     min_experts  fewest experts for which the family builds a MoE block
     placement    rule of `_placement`; "" means: the first rule whose attribute the config has, else all layers
@@ -68,6 +60,8 @@ class Family:
     act          attributes that name the activation, or the name itself
     clamp        "" | "before" | "after" the activation, or "oai": (u + 1) * g * sigmoid(alpha * g), clamped
     limit        attribute of the clamp, a number or a list per layer
+    routing, experts
+                 what `RoutingSpec` or `ExpertSpec` cannot express, "" where it can
     shared       None: the family has none; a `Shared`; "" means the generic rule
     """
 
@@ -75,6 +69,7 @@ class Family:
     top_k: tuple[str, ...] | int = TOP_K
     width: tuple[str, ...] | int = ()
     hidden: tuple[str, ...] = HIDDEN
+    latent: str = ""
     layers: tuple[str, ...] = LAYERS
     enabled: str = ""
     min_experts: int = 1
@@ -93,13 +88,12 @@ class Family:
     interleaved: bool = False
     transposed: bool = False
     shared: Shared | str | None = ""
-    routing: tuple[Refusal, ...] = ()
-    experts: tuple[Refusal, ...] = ()
+    routing: str = ""
+    experts: str = ""
 
 
 _but = dataclasses.replace
-_PER_EXPERT_SCALE = (Refusal("a learned scale per expert, and an RMS norm in front of the router"),)
-_CAPACITY = (Refusal("experts of limited capacity that drop tokens"),)
+_CAPACITY = "experts of limited capacity that drop tokens"
 _ONE_SHARED = Shared(count=1)
 _GRANITE_SHARED = Shared(count=1, width=("shared_intermediate_size",))
 _SIGMOID_GATED = Shared(count=1, width=("shared_expert_intermediate_size",), gate="sigmoid")
@@ -123,22 +117,15 @@ _DEEPSEEK_V2 = _but(
     group_if=("topk_method", "group_limited_greedy"),
 )
 _SIGMOID = Family(score="sigmoid", norm=True)
-_GEMMA = Family(
-    score="softmax", norm=True, scale=(), width=("moe_intermediate_size",), placement="all", shared=None,
-    routing=_PER_EXPERT_SCALE,
-)  # fmt: skip
+_GEMMA = _but(_MIXTRAL, width=("moe_intermediate_size",))
 _OAI = _but(_MIXTRAL, act="silu", clamp="oai", bias=True, transposed=True)
-_ERNIE = Family(
-    score="softmax", norm=True, scale=(), shared=Shared(),
-    routing=(Refusal("renormalisation that clamps the sum from below (moe_norm_min)"),),
-)  # fmt: skip
+_ERNIE = Family(score="softmax", norm=True, scale=(), shared=Shared())
 _LLADA = Family(
     width=("expert_intermediate_size",),
     score="softmax",
     norm=False,
     scale=(),
     shared=Shared(count=1, width=("shared_expert_intermediate_size",)),
-    routing=(Refusal("a bias that stays in the weights", "moe_router_enable_expert_bias"),),
 )
 
 FAMILIES: dict[str, Family] = {
@@ -185,8 +172,8 @@ FAMILIES: dict[str, Family] = {
         placement="all",
         scale=(),
         shared=Shared(count=1, width=_INTERMEDIATE),
-        routing=(Refusal("product keys"),),
-        experts=(Refusal("experts that are rows of two embeddings"),),
+        routing="product keys",
+        experts="experts that are rows of two embeddings",
     ),
     "dots1": _DEEPSEEK_PREFIX,
     "dots3_note_text": _but(_DEEPSEEK_TYPES, shared=Shared(width=("shared_experts_intermediate_size",))),
@@ -198,7 +185,7 @@ FAMILIES: dict[str, Family] = {
         _ERNIE,
         width=("moe_intermediate_size.0",),
         placement="mlp_layer_types",
-        experts=(Refusal("two banks of experts, chosen by the kind of token"),),
+        experts="two banks of experts, chosen by the kind of token",
     ),
     "exaone_moe": _DEEPSEEK,
     "flex_olmo": _OLMOE,
@@ -224,31 +211,28 @@ FAMILIES: dict[str, Family] = {
         eps=1e-20,
         scale=("route_scale",),
         shared=None,
-        experts=(Refusal("soft caps on gate and up"),),
+        experts="soft caps on gate and up",
     ),
     "inkling_text": Family(
         placement="mlp_layer_types",
         score="sigmoid",
         norm=True,
         shared=Shared(gate="router"),
-        routing=(Refusal("shared experts weighted together with the chosen ones, and a learned scale"),),
     ),
     "jamba": _but(_MIXTRAL, placement="expert_layer_period", min_experts=2, norm=False),
-    "jetmoe": _but(_MIXTRAL, experts=(Refusal("a bias on the sum of all experts"),)),
+    "jetmoe": _but(_MIXTRAL, experts="a bias on the sum of all experts"),
     "kimi_linear": _DEEPSEEK,
     "kolibri1": Family(
         placement="all",
         score="sigmoid",
         scale=(),
         shared=Shared(count=1, width=("shared_expert_intermediate_size",)),
-        routing=(Refusal("a selection bias on the logits instead of the scores"),),
     ),
     "laguna": _but(
         _SIGMOID,
         placement="mlp_layer_types",
         scale=("moe_routed_scaling_factor",),
         shared=Shared(count=1, width=("shared_expert_intermediate_size",)),
-        routing=(Refusal("a soft cap on the logits", "moe_router_logit_softcapping"),),
     ),
     "lfm2_moe": Family(
         placement="num_dense_layers",
@@ -278,7 +262,6 @@ FAMILIES: dict[str, Family] = {
         scale=(),
         transposed=True,
         shared=_ONE_SHARED,
-        routing=(Refusal("weights multiplied on the input of the experts"),),
     ),
     "longcat_flash": Family(
         width=("expert_ffn_hidden_size",),
@@ -288,8 +271,6 @@ FAMILIES: dict[str, Family] = {
         norm=False,
         scale=("routed_scaling_factor",),
         shared=None,
-        routing=(Refusal("null experts that return their input", "zero_expert_num"),),
-        experts=(Refusal("null experts that return their input", "zero_expert_num"),),
     ),
     "mellum": _but(_QWEN, placement="mlp_layer_types"),
     "mimo_v2_flash": _but(_DEEPSEEK, shared=None),
@@ -315,12 +296,11 @@ FAMILIES: dict[str, Family] = {
         eps=1e-15,
         scale=("routed_scaling_factor",),
         shared=None,
-        routing=(Refusal("a factor on the logits", "output_multiplier", (None, 1)),),
-        experts=(Refusal("a norm on the output of each expert"),),
+        experts="a norm on the output of each expert",
     ),
     "nemotron_h": _but(
         _DEEPSEEK,
-        hidden=("moe_latent_size", *HIDDEN),
+        latent="moe_latent_size",
         placement="layers_block_type",
         act=("mlp_hidden_act",),
         gated=False,
@@ -340,7 +320,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmoe": _OLMOE,
     "openai_privacy_filter": _OAI,
-    "phimoe": _but(_MIXTRAL, norm=False, routing=(Refusal("sparsemixer"),)),
+    "phimoe": _but(_MIXTRAL, norm=False, routing="sparsemixer"),
     "qwen2_moe": _QWEN_SHARED,
     "qwen3_5_moe_text": _but(_QWEN_SHARED, norm=True, placement="all"),
     "qwen3_moe": _QWEN,
@@ -377,8 +357,8 @@ FAMILIES: dict[str, Family] = {
         min_experts=2,
         norm=False,
         shared=None,
-        routing=(Refusal("no router: the data set chooses the expert"),),
-        experts=(Refusal("experts that are one linear layer"),),
+        routing="no router: the data set chooses the expert",
+        experts="experts that are one linear layer",
     ),
     "zaya": Family(
         placement="all",
@@ -386,6 +366,5 @@ FAMILIES: dict[str, Family] = {
         scale=(),
         score="softmax",
         shared=None,
-        routing=(Refusal("a class that skips the experts, and a router with state carried between layers"),),
     ),
 }

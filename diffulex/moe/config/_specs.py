@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from lowering.activation import IDENTITY
 from lowering.spec import SCORES, ExpertSpec, RoutingSpec
 
-from ._families import DENSE_WIDTH, GENERIC, GROUPS, SHARED_COUNT, SHARED_WIDTH, WIDTH, Refusal, Shared
+from ._families import DENSE_WIDTH, GENERIC, GROUPS, SHARED_COUNT, SHARED_WIDTH, WIDTH, Shared
 from ._read import MISSING, Facts
+from ._routers import GENERIC_ROUTER, ROUTERS, Router
 
 GATES = ("none", "sigmoid", "router")
 COMBINES = ("sum", "average")
@@ -87,21 +89,26 @@ def _score(facts: Facts) -> str:
 
 
 def norm_topk_prob(facts: Facts) -> bool:
-    """Whether the weights of the chosen experts are divided by their sum."""
+    """Whether the weights of the chosen experts are divided by their sum, or by another norm of them."""
+    return bool(_norm(facts)) and (facts.family.norm != "k>1" or top_k(facts) > 1)
+
+
+def _norm(facts: Facts) -> float:
+    """The p of the norm that the weights are divided by, 0 for none."""
     norm: Any = facts.family.norm
     if isinstance(norm, Mapping):
         norm = norm[_score(facts)]
-    if norm == "k>1":
-        return top_k(facts) > 1
-    if isinstance(norm, bool):
-        return norm
+    if isinstance(norm, bool) or norm == "k>1":
+        return 1.0 if norm else 0.0
     value = facts.get(norm)
-    if value is None and "." in norm[0]:
-        return False  # DBRX gives the p of a p-norm, None for no norm
+    power = "." in norm[0]  # DBRX gives the p of a p-norm, None for no norm
+    if value is None and power:
+        return 0.0
     value = facts.need(norm, what="whether weights are renormalised")
-    if value not in (True, False, 0, 1):
-        raise facts.error(f"{norm[0]} of True or False", got=repr(value), hint="Only p = 1 is a renormalisation.")
-    return bool(value)
+    if isinstance(value, int | float) and (0 <= value < math.inf if power else value in (0, 1)):
+        return float(value)
+    hint = "Only finite norms are supported." if power else "Only p = 1 is a renormalisation."
+    raise facts.error(f"{norm[0]} of {'a number' if power else 'True or False'}", got=repr(value), hint=hint)
 
 
 def shared_experts(facts: Facts) -> SharedExpertSpec | None:
@@ -145,14 +152,9 @@ def _generic_shared(facts: Facts) -> Shared:
     raise facts.error(wanted, got=repr(stated), hint="Add a row for the model type.")
 
 
-def _refuse(facts: Facts, refusals: tuple[Refusal, ...], *, spec: str) -> None:
-    for refusal in refusals:
-        value = facts.get((refusal.attribute,)) if refusal.attribute else True
-        if value is not MISSING and value not in refusal.harmless:
-            told = f" ({refusal.attribute}={value!r})" if refusal.attribute else ""
-            raise facts.error(
-                f"a model that {spec} can express", got=f"{refusal.reason}{told}", hint="It needs the model's own code."
-            )
+def _refuse(facts: Facts, reason: str, *, spec: str) -> None:
+    if reason:
+        raise facts.error(f"a model that {spec} can express", got=reason, hint="It needs the model's own code.")
 
 
 def _groups(facts: Facts) -> dict[str, Any]:
@@ -168,21 +170,59 @@ def _groups(facts: Facts) -> dict[str, Any]:
     return {"n_group": count, "topk_group": kept, "group_score": score, "group_fill": fill}
 
 
+def _number(facts: Facts, name: str, default: float = 0.0) -> float:
+    """An attribute of a router's row as a number, the default where there is no name or the config has no value."""
+    value = facts.get((name,)) if name else None
+    return default if value in (MISSING, None) else float(value)
+
+
+def _flag(facts: Facts, value: bool | str) -> bool:
+    return bool(_number(facts, value)) if isinstance(value, str) else value
+
+
+def _around(facts: Facts, router: Router, score: str) -> dict[str, Any]:
+    """The fields of `RoutingSpec` that a row of `ROUTERS` gives."""
+    select_bias = score == "sigmoid" if router.select_bias is None else _flag(facts, router.select_bias)
+    kinds = facts.get(("mlp_layer_types",)) if router.hash_type else None
+    hashed = bool(kinds) and facts.of_layer(kinds, what="the kind of an MLP") == router.hash_type
+    null = router.num_null
+    names = ("select_on", "score_dtype", "logits_dtype", "weight_dtype", "null", "per_expert_scale", "global_scale")
+    names += ("logits_given", "apply_weight_on")
+    return {
+        **{name: getattr(router, name) for name in names},
+        "select_bias": select_bias and not hashed,
+        "ids_given": hashed,
+        "bias_in_weights": bool(router.bias_in_weights) and _flag(facts, router.bias_in_weights),
+        "logits_bias": _flag(facts, router.logits_bias),
+        "softcap": _number(facts, router.softcap),
+        "n_shared": int(_number(facts, router.n_shared)),
+        "num_null": int(_number(facts, null)) if isinstance(null, str) else null,
+        "input_norm_eps": _number(facts, router.input_norm_eps) if router.input_norm_eps else None,
+        "logits_scale": _number(facts, router.logits_scale, 1.0),
+        "jitter": _number(facts, router.jitter),
+    }
+
+
 def routing_spec(facts: Facts) -> RoutingSpec:
     """The router behind its logits, or `MoEConfigError` naming what `RoutingSpec` cannot express."""
     family = facts.family
     _refuse(facts, family.routing, spec="RoutingSpec")
-    renorm = norm_topk_prob(facts)
+    router = ROUTERS.get(facts.model_type, GENERIC_ROUTER)
+    renorm = _norm(facts)
     scale = facts.get(family.scale)
     score = _score(facts)
     eps = family.eps or (1e-20 if family.score is None and score == "sigmoid" else 0.0)
+    eps = _number(facts, router.clamp_min) if router.clamp_min else eps
     return RoutingSpec(
         top_k=top_k(facts),
         score=score,
         renorm=renorm,
+        renorm_if_k1=family.norm != "k>1",
         eps=eps if renorm else 0.0,
+        eps_mode="clamp_min" if router.clamp_min else "add",
         scale=1.0 if scale in (MISSING, None) else float(scale),
         **_groups(facts),
+        **_around(facts, router, score),
     )
 
 
@@ -223,10 +263,12 @@ def expert_spec(facts: Facts) -> ExpertSpec:
     family = facts.family
     _refuse(facts, family.experts, spec="ExpertSpec")
     dtype = facts.get(("dtype", "torch_dtype"))
+    latent = int(_number(facts, family.latent)) or None
     stated: dict[str, Any] = {} if dtype in (MISSING, None) else {"dtype": str(dtype).removeprefix("torch.")}
     return ExpertSpec(
         num_experts=num_experts(facts),
-        hidden_size=facts.number(family.hidden, what="the hidden size"),
+        hidden_size=latent or facts.number(family.hidden, what="the hidden size"),
+        latent_size=latent,
         intermediate_size=expert_width(facts),
         act=_formula(facts),
         gated=family.gated,

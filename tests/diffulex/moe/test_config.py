@@ -98,15 +98,15 @@ def test_llada_moe(config: Any) -> None:
     )
     assert placed(config, 4) == [1, 2]
     assert get_norm_topk_prob(config) is False
-    assert get_routing_spec(config) == RoutingSpec(top_k=8, renorm=False)
+    assert get_routing_spec(config) == RoutingSpec(top_k=8, renorm=False, weight_dtype=None)
     assert get_shared_experts(config) is None
     assert get_expert_spec(config).act == "silu(g) * u"
 
 
 def test_llada_moe_options() -> None:
     assert get_shared_experts({**LLADA, "shared_expert_intermediate_size": 512}) == SharedExpertSpec(1, 512)
-    with raises_catalogue(MoEConfigError, got="a bias that stays in the weights"):
-        get_routing_spec({**LLADA, "moe_router_enable_expert_bias": True})
+    biased = get_routing_spec({**LLADA, "moe_router_enable_expert_bias": True})
+    assert biased.select_bias and biased.bias_in_weights and not biased.renorm
     dense = {"model_type": "llada", "n_layers": 32, "d_model": 4096, "mlp_hidden_size": 12288}
     assert not is_moe_layer(dense, 3)
 
@@ -121,7 +121,15 @@ def test_llada2(config: Any) -> None:
     assert placed(config, 4) == [1, 2, 3]
     assert get_shared_experts(config, 1) == SharedExpertSpec(1, 512)
     assert get_routing_spec(config) == RoutingSpec(
-        top_k=8, score="sigmoid", n_group=8, topk_group=4, renorm=True, eps=1e-20, scale=2.5
+        top_k=8,
+        score="sigmoid",
+        n_group=8,
+        topk_group=4,
+        eps=1e-20,
+        scale=2.5,
+        renorm_if_k1=False,
+        select_bias=True,
+        logits_dtype="float32",
     )
 
 
@@ -141,7 +149,7 @@ def test_sdar(config: Any) -> None:
     )
     assert placed(config, 3) == [0, 1, 2]
     assert get_shared_experts(config) is None
-    assert get_routing_spec(config) == RoutingSpec(top_k=8)
+    assert get_routing_spec(config) == RoutingSpec(top_k=8, weight_dtype=None)
     assert placed({**SDAR, "decoder_sparse_step": 2, "mlp_only_layers": [3]}, 6) == [1, 5]
 
 
@@ -302,25 +310,56 @@ def spec_of(model_type: str, **options: Any) -> RoutingSpec:
 
 def test_routing_options() -> None:
     greedy = spec_of("deepseek_v2", n_group=8, topk_group=3, norm_topk_prob=True, routed_scaling_factor=16.0)
-    assert greedy == RoutingSpec(top_k=6, renorm=False, scale=16.0)
+    assert greedy == RoutingSpec(top_k=6, renorm=False, scale=16.0, logits_dtype="float32")
     limited = spec_of("deepseek_v2", n_group=8, topk_group=3, topk_method="group_limited_greedy")
     assert (limited.n_group, limited.topk_group, limited.group_score, limited.group_fill) == (8, 3, "max", "0")
     assert spec_of("axk2", n_group=4, topk_group=2).group_fill == "0"
-    assert spec_of("cohere2_moe") == RoutingSpec(top_k=2)
+    behind = {"select_on": "logits", "weight_dtype": None}
+    assert spec_of("cohere2_moe") == RoutingSpec(top_k=2, **behind)
     sigmoid = spec_of("cohere2_moe", expert_selection_fn="sigmoid", norm_topk_prob=False)
-    assert sigmoid == RoutingSpec(top_k=2, score="sigmoid", renorm=False)
-    assert spec_of("deepseek_v4").score == "sqrtsoftplus"
-    assert spec_of("jamba") == RoutingSpec(top_k=2, renorm=False)
+    assert sigmoid == RoutingSpec(top_k=2, score="sigmoid", renorm=False, **behind)
+    assert spec_of("jamba") == RoutingSpec(top_k=2, renorm=False, weight_dtype=None)
     assert spec_of("laguna", moe_routed_scaling_factor=2.5).scale == 2.5
-    with raises_catalogue(MoEConfigError, got="a soft cap on the logits (moe_router_logit_softcapping=30.0)"):
-        spec_of("laguna", moe_router_logit_softcapping=30.0)
+    assert spec_of("laguna", moe_router_logit_softcapping=30.0).softcap == 30.0
+    assert spec_of("mixtral", router_jitter_noise=0.01).jitter == 0.01
 
 
-@pytest.mark.parametrize(("power", "renorm"), [(1.0, True), (None, False)])
-def test_dbrx_norms(power: float | None, renorm: bool) -> None:
-    assert spec_of("dbrx", ffn_config={"moe_normalize_expert_weights": power}).renorm is renorm
-    with raises_catalogue(MoEConfigError, got="2.0"):
-        spec_of("dbrx", ffn_config={"moe_normalize_expert_weights": 2.0})
+def test_hash_tables_choose_the_experts_of_some_layers() -> None:
+    config = build_config(CASES["deepseek_v4"], mlp_layer_types=["hash_moe", "moe"] * 3)
+    hashed, learned = (get_routing_spec(config, layer) for layer in (0, 1))
+    assert (hashed.ids_given, hashed.select_bias, hashed.score) == (True, False, "sqrtsoftplus")
+    assert (learned.ids_given, learned.select_bias, learned.score_dtype) == (False, True, "logits")
+    with raises_catalogue(MoEConfigError, expected="a layer_idx"):
+        get_routing_spec(config)
+
+
+def test_routers_with_more_columns_than_experts() -> None:
+    longcat = spec_of("longcat_flash", zero_expert_num=4, n_routed_experts=8)
+    assert (longcat.num_null, longcat.null, longcat.num_logits(8), longcat.select_bias) == (4, "identity", 12, True)
+    assert spec_of("longcat_flash", zero_expert_num=0).num_null == 0
+    zaya = spec_of("zaya")
+    assert (zaya.num_null, zaya.null, zaya.logits_given) == (1, "skip", True)
+    inkling = spec_of("inkling_text", n_shared_experts=2)
+    assert (inkling.n_shared, inkling.num_weights, inkling.global_scale) == (2, inkling.top_k + 2, True)
+
+
+def test_what_the_layer_does_around_the_router() -> None:
+    gemma = spec_of("gemma4_text", rms_norm_eps=1e-5)
+    assert (gemma.per_expert_scale, gemma.input_norm_eps, gemma.renorm) == (True, 1e-5, 1)
+    ernie = spec_of("ernie4_5_moe", moe_norm_min=1e-3)
+    assert (ernie.eps, ernie.eps_mode, ernie.select_bias) == (1e-3, "clamp_min", True)
+    assert spec_of("llama4_text").apply_weight_on == "input"
+    assert spec_of("muse_spark_text").logits_scale != 1 if "muse_spark_text" in CASES else True
+    assert spec_of("gpt_oss").logits_bias and not spec_of("mixtral").logits_bias
+
+
+@pytest.mark.parametrize(("power", "renorm"), [(1.0, 1.0), (None, 0.0), (2.0, 2.0)])
+def test_dbrx_norms(power: float | None, renorm: float) -> None:
+    config = build_config(CASES["dbrx"], ffn_config={"moe_normalize_expert_weights": power})
+    assert get_routing_spec(config).renorm == renorm
+    assert get_norm_topk_prob(config) is bool(renorm)
+    with raises_catalogue(MoEConfigError, got="inf"):
+        spec_of("dbrx", ffn_config={"moe_normalize_expert_weights": float("inf")})
 
 
 def test_activations_compute_what_transformers_does() -> None:
@@ -340,6 +379,7 @@ def test_activations_compute_what_transformers_does() -> None:
 def test_expert_specs() -> None:
     nemotron = get_expert_spec(build_config(CASES["nemotron_h"], moe_latent_size=256))
     assert (nemotron.gated, nemotron.act, nemotron.hidden_size) == (False, "square(relu(g))", 256)
+    assert nemotron.latent_size == 256 and get_expert_spec(build_config(CASES["nemotron_h"])).latent_size is None
     gpt = get_expert_spec(build_config(CASES["gpt_oss"], dtype="float16"))
     assert (gpt.bias, gpt.interleaved, gpt.transposed, gpt.dtype) == (True, True, True, "float16")
     assert get_expert_spec({**SDAR, "torch_dtype": "float32"}).dtype == "float32"
@@ -356,7 +396,7 @@ def test_generic_rules() -> None:
     assert placed(config, 2) == [0, 1]
     assert placed({**config, "first_k_dense_replace": 1, "moe_layer_freq": 2}, 6) == [2, 4]
     assert get_routing_spec({**config, "scoring_func": "sigmoid", "norm_topk_prob": True}) == RoutingSpec(
-        top_k=4, score="sigmoid", eps=1e-20
+        top_k=4, score="sigmoid", eps=1e-20, select_bias=True
     )
     assert get_shared_experts({**config, "n_shared_experts": 2}) == SharedExpertSpec(2, 64)
     assert not is_moe_layer({"hidden_size": 64, "intermediate_size": 128}, 0)
