@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping
 
 from .errors import MoEOptionError
@@ -44,4 +45,15 @@ def _flag(environ: Mapping[str, str], name: str) -> bool:
     return _FLAGS[value]
 
 
-SETTINGS = read_settings(os.environ)
+def _settings_of_process() -> Settings:
+    try:
+        return read_settings(os.environ)
+    except MoEOptionError as error:
+        if sys.argv[:1] != ["-m"]:
+            raise
+        # what Python calls itself while it looks for the module of `python -m diffulex`: a wrong argument, no traceback
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+SETTINGS = _settings_of_process()

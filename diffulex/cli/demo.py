@@ -6,13 +6,14 @@ import argparse
 import contextlib
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowering.errors import MoEDeviceError, MoERangeError, Reason
+from lowering.errors import MoEDeviceError, MoEOptionError, MoERangeError, Reason
 
 from . import compare, env, measure, offline, report, text, train
 from .model import PRESETS, Preset, build_config, build_model, quiet_transformers, save_and_load
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     device, preset = choose_device(args.device), PRESETS[args.preset]
     layers = preset.layers if args.layers is None else args.layers
     check_ranges(layers=layers, tokens=args.tokens, train_seconds=args.train_seconds)
+    check_output(args.output)
     quiet_transformers()
     with _threads(preset, device):
         with _folder(args.output) as folder:
@@ -90,6 +92,20 @@ def check_ranges(*, layers: int, tokens: list[int], train_seconds: float) -> Non
         _refuse("--layers", "at least 1", str(layers))
     if not 0 <= train_seconds < float("inf"):
         _refuse("--train-seconds", "a number of seconds", str(train_seconds))
+
+
+def check_output(folder: Path | None) -> None:
+    """Make the folder for --output; raise `MoEOptionError` where that cannot be."""
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MoEOptionError.of(
+            "--output",
+            expected="a directory, there or to be made",
+            got=f"{folder} ({error.strerror})",
+            hint="Name another one.",
+        ) from error
 
 
 def _refuse(option: str, expected: str, got: str) -> None:
@@ -162,11 +178,16 @@ def _offline(args: argparse.Namespace, config: Any) -> list[Check]:
     """Write and compile the Triton source for sm_90; prints the table and returns the check."""
     print("\n== Triton source for sm_90 (H100), made and compiled without one: one layer, bfloat16 ==")
     folder = (args.output or _FOLDER) / "sm_90"
-    facts = offline.compile_offline(config, folder, tokens=max(args.tokens), verbose=args.verbose)
+    promise = "the MoE layer is generated Triton on sm_90"
+    try:
+        facts = offline.compile_offline(config, folder, tokens=max(args.tokens), verbose=args.verbose)
+    except Exception as error:  # whatever the compiler raises, the verdict is told
+        traceback.print_exc()
+        return [Check(promise, f"no source: {offline.first_line(error)}")]
     if isinstance(facts, Reason):
         print(f"skipped, {facts}")
         return []
     print(facts)
     print("registers and spilled bytes are per thread, shared memory per block; wgmma counts instructions in the PTX")
     print(f"written to {folder}/: wrapper.py, and one file per kernel")
-    return [Check("the MoE layer is generated Triton on sm_90", "; ".join(facts.refusals))]
+    return [Check(promise, "; ".join((*facts.refusals, *facts.failures)))]

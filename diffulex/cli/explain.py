@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
+import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowering.errors import MoEOptionError, MoERangeError
+from lowering.errors import MoEConfigError, MoEErrorMixin, MoEOptionError, MoERangeError, MoEUnsupportedError
 
 from ..explanation import explain
 from .demo import choose_device
 from .progress import progress
+from .table import format_bytes
+
+_MOST_OF_MEMORY = 0.8  # the rest is for activations, the compiler and everything else
 
 # What a model built by name gets where its configuration has such a field.
 _TINY = {
@@ -87,9 +94,11 @@ def load_config(name: str, *, layers: int | None = None) -> Any:
 
     folder = Path(name)
     if (folder / "config.json").is_file():
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with _refused("a config.json that transformers reads"):
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
     elif name in CONFIG_MAPPING:
-        config = AutoConfig.for_model(name, **_tiny(AutoConfig.for_model(name)))
+        with _refused(f"a configuration of {name} that can be made small"):
+            config = AutoConfig.for_model(name, **_tiny(AutoConfig.for_model(name)))
     else:
         raise MoEOptionError.of(
             "explain",
@@ -98,6 +107,22 @@ def load_config(name: str, *, layers: int | None = None) -> Any:
             hint="For example `python -m diffulex explain qwen3_moe`.",
         )
     return config if layers is None else _cut(config, layers)
+
+
+@contextlib.contextmanager
+def _refused(expected: str) -> Iterator[None]:
+    """Whatever transformers raises in the block becomes the catalogue's error, with the cause attached."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, MoEErrorMixin):
+            raise
+        raise MoEConfigError.of(
+            "explain",
+            expected=expected,
+            got=" ".join(f"{type(error).__name__}: {error}".split())[:200],
+            hint="Write a config.json with sizes that fit, and give its directory.",
+        ) from error
 
 
 def _tiny(config: Any) -> dict[str, Any]:
@@ -125,7 +150,30 @@ def build_model(config: Any, device: torch.device) -> Any:
             got=f"model type {config.model_type!r}",
             hint="Call diffulex.explain(model, *inputs) from Python for other models.",
         )
-    torch.manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with _refused(f"a configuration that {config.model_type} can be built from"):
+        with torch.device("meta"):
+            _check_memory(AutoModelForCausalLM.from_config(config, dtype=dtype), device)
+        torch.manual_seed(0)
+        with device:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def _check_memory(model: Any, device: torch.device) -> None:
+    """Raise `MoEUnsupportedError` where the weights of a model on the meta device do not fit into memory."""
+    needed = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
+    held = memory(device)
+    if needed > _MOST_OF_MEMORY * held:
+        raise MoEUnsupportedError.of(
+            "explain",
+            expected=f"weights that fit into {format_bytes(held)} of memory on {device.type}",
+            got=format_bytes(needed),
+            hint="Use --layers to build only the first layers.",
+        )
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of memory of the device, whoever uses them."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -27,11 +27,14 @@ _HEADER = ("kernel", "launches", "registers", "spills", "shared", "warps", "stag
 
 @dataclasses.dataclass(frozen=True)
 class OfflineFacts:
-    """The generated code, what ptxas says of the kernels asked for, and the ops that got no kernel, with the reason."""
+    """The generated code, what ptxas says of the kernels asked for, the ops that got no kernel, with the reason, and
+    the kernels that do not compile, with the error.
+    """
 
     code: OfflineCode
     kernels: tuple[KernelFacts, ...]
     refusals: tuple[str, ...]
+    failures: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = [
@@ -82,13 +85,22 @@ def compile_offline(config: Any, folder: Path, *, tokens: int, verbose: bool) ->
     wanted = [kernel for kernel in code.kernels if verbose or is_moe_kernel(kernel.name)]
     _write(code, wanted, folder)
     facts: list[KernelFacts] = []
+    failures: list[str] = []
     with progress("sm_90: compiling", max(len(wanted), 1)) as bar, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # triton 3.9 on its own default
         for kernel in wanted:
-            facts += compile_kernels(dataclasses.replace(code, kernels=(kernel,)))
+            try:
+                facts += compile_kernels(dataclasses.replace(code, kernels=(kernel,)))
+            except Exception as error:  # whatever Triton or ptxas raises
+                failures.append(f"{shorten(kernel.name)} does not compile: {first_line(error)}")
             bar.advance(note=f"{len(facts)} of {len(wanted)} kernels")
     refused = tuple(f"{d.subject}: {d.reason}" for d in decisions if d.stage == "lower" and d.reason is not None)
-    return OfflineFacts(code, tuple(facts), refused)
+    return OfflineFacts(code, tuple(facts), refused, tuple(failures))
+
+
+def first_line(error: Exception) -> str:
+    """The type of an error and the first line it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _one_layer(config: Any) -> nn.Module:
@@ -103,7 +115,7 @@ def _one_layer(config: Any) -> nn.Module:
 
 def _write(code: OfflineCode, kernels: Sequence[OfflineKernel], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.py"):
+    for old in folder.glob("triton_*.py"):  # as Inductor calls every kernel; what else is there is not ours
         old.unlink()
     (folder / "wrapper.py").write_text(code.wrapper_source, encoding="utf-8")
     for kernel in kernels:

@@ -1,5 +1,6 @@
 """`python -m diffulex explain`: the models it builds."""
 
+import contextlib
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from diffulex.cli import explain
 from diffulex.cli.main import main
 from diffulex.explanation import find_experts
+from lowering.errors import MoEConfigError
 
 CPU = torch.device("cpu")
 
@@ -35,6 +37,40 @@ def test_a_directory_is_read_and_cut(tmp_path):
 def test_a_model_without_a_language_head_is_refused(capsys):
     assert main(["explain", "vit"]) == 2
     assert "expected a causal language model, got model type 'vit'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "a config.json that transformers reads"), ('{"model_type": "no_such"}', "no_such"), ("[]", "config.json")],
+)
+def test_a_config_that_cannot_be_read(content, message, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(content)
+    assert main(["explain", str(tmp_path), "--device", "cpu"]) == 2
+    shown = capsys.readouterr().err
+    assert "error: [MOE007] explain: expected" in shown and message in shown
+
+
+@pytest.mark.parametrize("family", ["dots1", "dbrx", "lfm2_moe", "gemma4_text", "zaya"])
+def test_a_family_that_cannot_be_made_small(family):
+    """Either it can, or the error is the catalogue's."""
+    pytest.importorskip(f"transformers.models.{family.removesuffix('_text')}")
+    with contextlib.suppress(MoEConfigError):
+        explain.build_model(explain.load_config(family), CPU)
+
+
+def test_weights_that_do_not_fit_into_memory(monkeypatch, tmp_path, capsys):
+    """Refused before a byte of them is asked for."""
+    config = explain.load_config("qwen3_moe")
+    config.vocab_size = 10**9
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(explain, "memory", lambda device: 64 * 10**9)
+    assert main(["explain", str(tmp_path), "--device", "cpu"]) == 2
+    shown = capsys.readouterr().err
+    assert "expected weights that fit into 64.0 GB of memory on cpu, got 512." in shown and "--layers" in shown
+
+
+def test_memory_is_measured():
+    assert 10**8 < explain.memory(CPU) < 10**15
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Arguments: what is refused, with which message and exit code."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,20 @@ def test_the_module_is_the_command():
     )
     assert done.returncode == 0, done.stderr
     assert "--train-seconds" in done.stdout and "Exit code 1" in done.stdout
+
+
+def test_a_wrong_environment_variable_is_no_traceback():
+    command = [sys.executable, "-m", "diffulex", "env"]
+    environment = {**os.environ, "DIFFULEX_DISABLE": "true"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: [MOE005] environment variable DIFFULEX_DISABLE: expected 0, 1 or nothing")
+    assert "Traceback" not in done.stderr
+
+
+def test_an_output_that_is_a_file(tmp_path, capsys):
+    file = tmp_path / "taken"
+    file.write_text("")
+    for output in (file, file / "below"):
+        assert main(["demo", "--output", str(output)]) == 2
+        assert "error: [MOE005] --output: expected a directory" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Where other libraries lead to the ops."""
