@@ -52,11 +52,12 @@ def _fmax(a: Any, b: Any) -> Tensor:
 
 
 def _ge(a: Any, b: Any) -> Tensor:
-    pick = a if isinstance(a, Tensor) else b
-    return torch.ge(torch.as_tensor(a, dtype=pick.dtype, device=pick.device), b).to(pick.dtype)
+    if isinstance(a, Tensor):
+        return torch.ge(a, b).to(a.dtype)
+    return torch.le(b, a).to(b.dtype)  # a number stays on the host
 
 
-# name -> (torch, Triton text with {0} {1}, number of arguments)
+# name -> (torch, Triton text with {0} {1}, number of arguments); names with an underscore are functions of the template
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], str, int]] = {
     "sigmoid": (torch.sigmoid, "tl.sigmoid({0})", 1),
     "silu": (torch.nn.functional.silu, "({0} * tl.sigmoid({0}))", 1),
@@ -70,11 +71,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], str, int]] = {
     "square": (torch.square, "({0} * {0})", 1),
     "exp": (torch.exp, "tl.exp({0})", 1),
     "log": (torch.log, "tl.log({0})", 1),
+    "log1p": (torch.log1p, "_log1p({0})", 1),
     "erf": (torch.erf, "tl.erf({0})", 1),
     "sqrt": (torch.sqrt, "tl.sqrt({0})", 1),
     "abs": (torch.abs, "tl.abs({0})", 1),
-    # 2 sigmoid(2x) - 1: absolute error 1e-7, no libdevice needed
-    "tanh": (torch.tanh, "(2.0 * tl.sigmoid(2.0 * {0}) - 1.0)", 1),
+    "tanh": (torch.tanh, "_tanh({0})", 1),
     "min": (_fmin, "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)", 2),
     "max": (_fmax, "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)", 2),
     "ge": (_ge, "({0} >= {1}).to(tl.float32)", 2),
@@ -102,6 +103,7 @@ _DERIVATIVES = {
     "square": "2.0 * x",
     "exp": "exp(x)",
     "log": "1.0 / x",
+    "log1p": "1.0 / (1.0 + x)",
     "erf": f"{2 / math.sqrt(math.pi)!r} * exp(-x * x)",
     "sqrt": "0.5 / sqrt(x)",
     "abs": "ge(x, 0.0) - ge(0.0, x)",

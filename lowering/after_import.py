@@ -13,14 +13,14 @@ Callback = Callable[[ModuleType], None]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds one module with the finders behind it and runs the callback after the module's own code.
+    """Finds one module with the finders behind it and runs the callbacks after the module's own code.
 
     Looking for the module without importing it, and an import that fails, leave the finder in place.
     """
 
     def __init__(self, name: str, callback: Callback) -> None:
         self.name = name
-        self.callback = callback
+        self.callbacks = [callback]
         self.looking = False
 
     def find_spec(
@@ -41,7 +41,8 @@ class _Finder(importlib.abc.MetaPathFinder):
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-                self.callback(module)
+                for callback in self.callbacks:
+                    callback(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -51,5 +52,9 @@ def after_import(name: str, callback: Callback) -> None:
     """Call `callback(module)` once module `name` is loaded: now where it is, else right after its first import."""
     if name in sys.modules:
         callback(sys.modules[name])
-    elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
+        return
+    finder = next((found for found in sys.meta_path if isinstance(found, _Finder) and found.name == name), None)
+    if finder is None:
         sys.meta_path.insert(0, _Finder(name, callback))
+    elif callback not in finder.callbacks:
+        finder.callbacks.append(callback)

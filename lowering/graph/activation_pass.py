@@ -43,7 +43,7 @@ _UNARY = {
     aten.tanh: "tanh({0})",
     aten.exp: "exp({0})",
     aten.log: "log({0})",
-    aten.log1p: "log(1.0 + {0})",
+    aten.log1p: "log1p({0})",
     aten.erf: "erf({0})",
     aten.sqrt: "sqrt({0})",
     aten.abs: "abs({0})",
@@ -204,6 +204,8 @@ def _half_of(node: Node) -> tuple[Node, str, str, list[Node]] | None:
     if is_op(node, operator.getitem) and is_op(node.args[0], aten.split, aten.split_with_sizes):
         split: Any = node.args[0]
         source, sizes = split.args[0], split.args[1]
+        if tensor_of(source).dim() != 2:
+            return None
         width, half = tensor_of(source).shape[1], node.args[1]
         halves = sizes == width // 2 if isinstance(sizes, int) else list(sizes) == [width // 2] * 2
         if arguments(split)["dim"] in (1, -1) and halves and width % 2 == 0:
@@ -213,8 +215,10 @@ def _half_of(node: Node) -> tuple[Node, str, str, list[Node]] | None:
         return None
     given = arguments(node)
     source = given["self"]
-    width = tensor_of(source).shape[-1]
-    if tensor_of(source).dim() != 2 or given["dim"] not in (1, -1) or width % 2:
+    if tensor_of(source).dim() != 2 or given["dim"] not in (1, -1):
+        return None
+    width = tensor_of(source).shape[1]
+    if width % 2:
         return None
     start, end, step = given["start"] or 0, min(given["end"] or width, width), given["step"]
     layouts = {

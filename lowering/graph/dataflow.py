@@ -121,16 +121,6 @@ def is_output(node: object, source: Node, *, index: int) -> bool:
     return is_op(node, operator.getitem) and node.args == (source, index)
 
 
-def only_user(node: Node) -> Node:
-    """The one user of a node; refuses with SHARED_USE where there are more, or none."""
-    require(
-        len(node.users) == 1,
-        f"{describe(node)} has {len(node.users)} users where one was looked for",
-        code=ReasonCode.SHARED_USE,
-    )
-    return next(iter(node.users))
-
-
 def cast_source(node: Any) -> Node | None:
     """The input of a node that changes the dtype and nothing else, or None."""
     source = node.args[0] if is_op(node, *_CASTS) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from ..report import layer_of, logger, record
 from .activation_pass import ActivationRecord, activation_pass
@@ -43,8 +43,19 @@ _PASSES = {
 }
 
 
+def _may_be_experts(node: Node) -> bool:
+    """Whether the node is one of our ops or a grouped GEMM of any library: every pass starts from one of these."""
+    target = node.target
+    return getattr(target, "namespace", "") == "diffulex" or "grouped_mm" in getattr(target, "__name__", "")
+
+
 def run_passes(graph: Graph, *, skip: Collection[str] = ()) -> Graph:
-    """Run the passes on a functional aten graph, inference or joint; `skip` names those to leave out."""
+    """Run the passes on a functional aten graph, inference or joint; `skip` names those to leave out.
+
+    A graph without experts is left alone at the cost of one look at each node.
+    """
+    if not any(_may_be_experts(node) for node in graph.nodes):
+        return graph
     for name, function in _PASSES.items():
         if name in skip:
             continue

@@ -44,15 +44,17 @@ class RouterLinearRecord:
 
 def router_linear_pass(graph: Graph, *, record: Callable[[RouterLinearRecord], None] | None = None) -> Graph:
     """Rewrite every fp32 router product of two cast 16-bit operands; tell `record` about each `moe_route`."""
+    rewritten = False
     for route in [node for node in graph.nodes if is_op(node, moe.moe_route)]:
         try:
             _rewrite(graph, peel_copies(arguments(route)["logits"]))
-            found = RouterLinearRecord(route)
+            found, rewritten = RouterLinearRecord(route), True
         except MatchError as error:
             found = RouterLinearRecord(route, error.reason)
         if record is not None:
             record(found)
-    graph.eliminate_dead_code()
+    if rewritten:
+        graph.eliminate_dead_code()
     return graph
 
 

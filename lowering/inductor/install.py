@@ -19,7 +19,9 @@ _SLOT_MODULES = ("torch._inductor.config", "torch._inductor.compile_fx")
 
 
 def _on_slot(module: ModuleType) -> None:
-    importlib.import_module("lowering.inductor.passes").install_pass()
+    passes = importlib.import_module("lowering.inductor.passes")
+    if hasattr(passes, "install_pass"):  # else `passes` itself is loading Inductor: the other module is still to come
+        passes.install_pass()
 
 
 def _on_trace() -> None:

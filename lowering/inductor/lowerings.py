@@ -167,7 +167,7 @@ def _moe_expert_grad_weight(left: Any, right: Any, left_index: Any, right_index:
 @_compat.register_lowering(_OPS.moe_combine.default, type_promotion_kind=None)
 def _moe_combine(slots: Any, weights: Any) -> Any:
     """Inductor IR, so it folds into one kernel with the residual and the next norm; K terms in slot order."""
-    reason = refusal(slots)
+    reason = refusal(slots) or refusal(weights)
     if reason is not None:
         return fallback_noted(_OPS.moe_combine.default, reason, slots, weights)
     lower = _compat.lowerings

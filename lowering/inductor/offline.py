@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import MoEOptionError, MoEUnsupportedError
 from .fake_device import H100, fake_h100, swap
+from .fresh import fresh_caller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +203,7 @@ def offline_source(
             mode=mode,
             dtype=dtype,
         )
-        compiled = torch.compile(_fresh_caller(target), backend=backend, fullgraph=True, dynamic=dynamic)
+        compiled = torch.compile(fresh_caller(target), backend=backend, fullgraph=True, dynamic=dynamic)
         try:
             with torch.no_grad():
                 compiled(**fakes) if keywords else compiled(*fakes)
@@ -214,16 +215,6 @@ def offline_source(
         got="an empty graph",
         hint="Check that the function uses its tensor inputs and is not under torch.compiler.disable.",
     )
-
-
-def _fresh_caller(target: Callable[..., Any]) -> Callable[..., Any]:
-    """A caller with a code object of its own: Dynamo keeps what it learns (skips, dynamic shapes) by code object."""
-
-    def offline_call(*args: Any, **kwargs: Any) -> Any:
-        return target(*args, **kwargs)
-
-    offline_call.__code__ = offline_call.__code__.replace()
-    return offline_call
 
 
 def _origin(placeholder: torch.fx.Node) -> str:

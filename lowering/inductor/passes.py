@@ -53,6 +53,6 @@ def register_lowerings() -> None:
 
 
 def install_pass() -> None:
-    """Put the pass into Inductor's configuration, in front of what stands there; a second call does nothing."""
+    """Put the pass into Inductor's configuration, around what stands there; a second call does nothing."""
     if not isinstance(inductor_config.joint_custom_pre_pass, MoEPasses):
         inductor_config.joint_custom_pre_pass = MoEPasses(inductor_config.joint_custom_pre_pass)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,4 +76,30 @@ def _fake(
     return left.new_empty(offsets_E1.shape[0] - 1, left.shape[1], right.shape[1])
 
 
-moe_expert_grad_weight = register("moe_expert_grad_weight", cpu=_cpu, cuda=_cuda, fake=_fake)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _grad_side(grad_EYX: Tensor, other_NX: Tensor, side: Tensor, index_N: Tensor | None, offsets_E1: Tensor) -> Tensor:
+    """Gradient of one side [*, Y]: grad[e] @ other row, added up where an index repeats, without atomics."""
+    row_N = torch.arange(other_NX.shape[0], dtype=offsets_E1.dtype, device=offsets_E1.device)
+    grad_NY = torch.ops.diffulex.moe_expert_up(other_NX, grad_EYX, None, row_N, offsets_E1, 1)
+    if index_N is None:
+        return grad_NY
+    return torch.index_put(torch.zeros_like(side), (index_N.long(),), grad_NY, accumulate=True)
+
+
+def _backward(ctx: Any, grad_ELR: Tensor) -> tuple[Tensor | None, ...]:
+    left, right, left_index_N, right_index_N, offsets_E1 = ctx.saved_tensors
+    grad_left = grad_right = None
+    if ctx.needs_input_grad[0]:
+        grad_left = _grad_side(grad_ELR, _rows(right, right_index_N), left, left_index_N, offsets_E1)
+    if ctx.needs_input_grad[1]:
+        grad_ERL = grad_ELR.transpose(1, 2)
+        grad_right = _grad_side(grad_ERL, _rows(left, left_index_N), right, right_index_N, offsets_E1)
+    return grad_left, grad_right, None, None, None
+
+
+moe_expert_grad_weight = register(
+    "moe_expert_grad_weight", cpu=_cpu, cuda=_cuda, fake=_fake, setup_context=_setup_context, backward=_backward
+)

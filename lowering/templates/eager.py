@@ -20,7 +20,8 @@ from .render import ExpertGemmVariant, GradWeightVariant
 
 def dot_precision(dtype: torch.dtype) -> str:
     """How fp32 operands are multiplied: tf32 only where torch allows it for its own matmuls."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    # not `allow_tf32`: reading that raises once the newer setting was written
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 
 
@@ -44,6 +45,7 @@ def _expert_gemm(
     variant: ExpertGemmVariant, tensors: dict[str, Tensor], top_k: int, schedule: Schedule | None = None
 ) -> None:
     weight_EYX, out_NY = tensors["W"], tensors["OUT"]
+    tensors |= {name: tensors[name].contiguous() for name in ("ORDER", "OFFSETS")}  # the text reads them unit by unit
     num_experts, _, depth = weight_EYX.shape
     rows, width = out_NY.shape
     if schedule is None:
@@ -142,10 +144,10 @@ def moe_expert_grad_weight(
     num_experts, width_l, width_r = offsets_E1.shape[0] - 1, left.shape[1], right.shape[1]
     out_ELR = left.new_empty(num_experts, width_l, width_r)
     variant = GradWeightVariant(left_index_N is not None, right_index_N is not None, dot_precision(left.dtype))
-    tensors = {"LEFT": left, "RIGHT": right, "OFFSETS": offsets_E1, "OUT": out_ELR}
+    tensors = {"LEFT": left, "RIGHT": right, "OFFSETS": offsets_E1.contiguous(), "OUT": out_ELR}
     for name, index_N in (("LEFT_INDEX", left_index_N), ("RIGHT_INDEX", right_index_N)):
         if index_N is not None:
-            tensors[name] = index_N
+            tensors[name] = index_N.contiguous()
     block = 128 if left.element_size() == 2 else 64
     block_r = max(16, min(block, power_of_two(width_r)))
     standalone.launch(

@@ -6,6 +6,7 @@ Used by the ops' CUDA kernels in eager mode, by the Triton-interpreter tests and
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 from torch import Tensor
 
 Constant = int | float | bool | str
@@ -165,4 +167,7 @@ def launch(
     output = tensors[OUTPUT]
     kernel = render(text, name, constants=tuple(constants.items()), output_rank=output.dim())
     function = _jit_function(kernel)
-    function[grid](*kernel.arguments(tensors), num_warps=num_warps, num_stages=num_stages)
+    # triton launches on the current device, whatever the tensors are on
+    elsewhere = output.is_cuda and output.device.index != torch.cuda.current_device()
+    with torch.cuda.device(output.device) if elsewhere else contextlib.nullcontext():
+        function[grid](*kernel.arguments(tensors), num_warps=num_warps, num_stages=num_stages)

@@ -234,6 +234,13 @@ def is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+def in_strides(tensor: Tensor | None) -> Tensor | None:
+    """The same values in other strides: every second element of a vector, a transposed matrix. Any shape, any dtype."""
+    if tensor is None or tensor.dim() == 0:
+        return tensor
+    return torch.stack((tensor, tensor), 1)[:, 0] if tensor.dim() == 1 else tensor.mT.contiguous().mT
+
+
 def cast(args: Args, dtype: torch.dtype) -> Args:
     """The arguments with floating tensors in `dtype`; strides are kept."""
     return tuple(a.to(dtype) if is_float(a) else a for a in args)

@@ -197,6 +197,11 @@ REFUSED = {
         ReasonCode.NOT_POINTWISE,
         "slice",
     ),
+    "split_of_a_vector": (
+        lambda pre: chunked(swiglu)(pre) * torch.ones(J).split(J // 2)[0],
+        ReasonCode.NOT_POINTWISE,
+        "getitem",
+    ),
     "every_third": (
         lambda pre: functional.silu(pre[:, : J // 2]) * pre[:, : J - 1 : 2],
         ReasonCode.NOT_POINTWISE,

@@ -172,10 +172,6 @@ def test_outputs_and_users():
     assert dataflow.outputs(first.args[0], 0) == [first] and dataflow.outputs(first.args[0], 1) == []
     assert dataflow.is_output(first, first.args[0], index=0) and not dataflow.is_output(first, first.args[0], index=1)
     assert dataflow.is_output(second, second.args[0], index=1)
-    assert dataflow.only_user(first) is values
-    with pytest.raises(MatchError) as caught:
-        dataflow.only_user(source(values))
-    assert caught.value.reason.code is ReasonCode.SHARED_USE
 
 
 def test_ancestors_stop():

@@ -138,6 +138,16 @@ def test_a_graph_without_experts_is_left_alone():
     assert (str(module.graph), decisions) == (before, [])
 
 
+def test_dead_nodes_of_others_stay():
+    """A graph without experts costs one look at each node and is not cleaned up for anyone."""
+    module = trace(lambda x: x + 1, torch.randn(3))
+    node = next(node for node in module.graph.nodes if node.op == "call_function")
+    with module.graph.inserting_after(node):
+        module.graph.call_function(aten.neg.default, (node,))
+    run_passes(module.graph)
+    assert len(calls(module.graph, aten.neg.default)) == 1
+
+
 def test_a_broken_graph_is_not_returned(stock, monkeypatch):
     """Every pass's result is checked before Inductor gets it."""
 

@@ -88,6 +88,11 @@ def test_inductor_may_be_loaded_before_the_import():
     assert (state["equal"], state["lowered"], state["inside"]) == (True, True, "MoEPasses")
 
 
+def test_the_pass_may_be_imported_before_inductor():
+    state = probe(after="import lowering.inductor.passes")
+    assert (state["equal"], state["lowered"], state["inside"]) == (True, True, "MoEPasses")
+
+
 def test_lowerings_are_there_when_options_replace_the_pass():
     """The cache key keeps the tag then, which holds the fingerprint as well."""
     state = probe(options="{'joint_custom_pre_pass': lambda graph: seen.append(1)}")

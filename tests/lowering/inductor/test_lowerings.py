@@ -133,7 +133,28 @@ def test_a_real_shape_compiles_without_spills(tokens):
             assert facts.wgmma > 0, facts
 
 
+def test_outputs_beyond_32_bits_of_a_symbolic_size_compile():
+    """Inductor passes sizes as int64 then; the kernel's row numbers stay int32."""
+    rows, hidden, width = 320_000, 7168, 32
+    act, w2 = torch.empty(rows, width, dtype=torch.bfloat16), torch.empty(4, hidden, width, dtype=torch.bfloat16)
+    order, offsets = torch.empty(rows, dtype=torch.int32), torch.empty(5, dtype=torch.int32)
+
+    def function(act, w2, order, offsets):
+        return ops.moe_expert_down(act, w2, None, order, offsets)
+
+    code, _ = code_of(function, [act, w2, order, offsets], dynamic=True)
+    assert len(compile_kernels(code)) == 1
+    assert "'i64'" in code.kernels[0].source
+
+
 # What gets no kernel
+
+
+def test_fp64_weights_of_the_combine_take_the_op():
+    """It computes in fp64 where either operand is, which the generated kernel does not."""
+    slots, weights = torch.randn(6, 4), torch.rand(3, 2, dtype=torch.float64)
+    _, decisions = code_of(lambda slots, weights: ops.moe_combine(slots, weights), [slots, weights])
+    assert decisions["moe_combine"].reason.code is ReasonCode.DTYPE
 
 
 def test_fp64_takes_the_ops_own_kernels():

@@ -1,5 +1,6 @@
 """`diffulex::moe_expert_down` against its oracle: forms, dtypes, gradients; what it refuses; what may not leak."""
 
+import functools
 import math
 
 import pytest
@@ -11,7 +12,17 @@ from lowering.ops import moe_expert_down
 from lowering.ops.moe_expert_down import _cuda
 from lowering.reference.moe_expert_down import moe_expert_down_reference
 from tests.support.catalogue import assert_refused, named
-from tests.support.inputs import DEVICES, FORMS, LOW_DTYPES, WIDE_FORMS, BlockForm, cast, down_args, with_grad
+from tests.support.inputs import (
+    DEVICES,
+    FORMS,
+    LOW_DTYPES,
+    WIDE_FORMS,
+    BlockForm,
+    cast,
+    down_args,
+    in_strides,
+    with_grad,
+)
 from tests.support.oracle import CountOps, assert_near_exact, assert_oracle_ratio, gradients, random_like
 
 TAILED = FORMS["sentinels"]
@@ -80,6 +91,7 @@ def test_gradcheck(name):
     form = FORMS[name].replace(tokens=3, hidden=3, width=2, experts=3, bias=True)
     act, w2, b2, *rest = with_grad(down_args(form))
     assert torch.autograd.gradcheck(lambda a, w, b: moe_expert_down(a, w, b, *rest), (act, w2, b2))
+    assert torch.autograd.gradgradcheck(lambda a, w, b: moe_expert_down(a, w, b, *rest), (act, w2, b2))
 
 
 @pytest.mark.parametrize("asked", [0, 1, 2])
@@ -146,12 +158,15 @@ def test_gradients_of_invalid_slots_are_ignored():
         assert torch.equal(grads[1][position], wanted), f"gradient {position}"
 
 
-def test_strides_do_not_matter():
-    args = down_args(FORMS["biased"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_strides_do_not_matter(device):
+    """Of no input, the vectors of integers included."""
+    same = assert_near_exact if device == "cpu" else functools.partial(torch.testing.assert_close, rtol=0, atol=0)
+    args = down_args(FORMS["biased"].replace(dtype=torch.float64 if device == "cpu" else torch.float32), device)
     wanted = moe_expert_down(*args)
-    strided = [a.flip(0).contiguous().flip(0) if a.dim() == 1 else a.mT.contiguous().mT for a in args]
-    assert_near_exact(moe_expert_down(*strided), wanted)
-    assert_near_exact(moe_expert_down(functional.pad(args[0], (1, 2))[:, 1:-2], *args[1:]), wanted)
+    strided = [in_strides(a) for a in args]
+    same(moe_expert_down(*strided), wanted)
+    same(moe_expert_down(functional.pad(args[0], (1, 2))[:, 1:-2], *args[1:]), wanted)
 
 
 def test_experts_may_share_one_weight():

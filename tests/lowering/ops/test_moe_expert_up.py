@@ -1,5 +1,6 @@
 """`diffulex::moe_expert_up` against its oracle: forms, dtypes, gradients; what it refuses; what may not leak."""
 
+import functools
 import math
 
 import pytest
@@ -19,6 +20,7 @@ from tests.support.inputs import (
     WIDE_FORMS,
     BlockForm,
     cast,
+    in_strides,
     sort_slots,
     up_args,
     with_grad,
@@ -116,6 +118,7 @@ def test_gradcheck(name):
     form = FORMS[name].replace(tokens=3, hidden=3, width=2, experts=3)
     hidden, w13, b13, *rest = with_grad(up_args(form))
     assert torch.autograd.gradcheck(lambda h, w, b: moe_expert_up(h, w, b, *rest), (hidden, w13, b13))
+    assert torch.autograd.gradgradcheck(lambda h, w, b: moe_expert_up(h, w, b, *rest), (hidden, w13, b13))
 
 
 @pytest.mark.parametrize("asked", [0, 1, 2])
@@ -180,13 +183,16 @@ def test_gradients_of_invalid_rows_are_ignored():
         assert torch.equal(grads[1][position], wanted), f"gradient {position}"
 
 
-def test_strides_do_not_matter():
-    args = up_args(FORMS["biased"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_strides_do_not_matter(device):
+    """Of no input, the vectors of integers included."""
+    same = assert_near_exact if device == "cpu" else functools.partial(torch.testing.assert_close, rtol=0, atol=0)
+    args = up_args(FORMS["biased"].replace(dtype=torch.float64 if device == "cpu" else torch.float32), device)
     wanted = moe_expert_up(*args)
-    strided = [a.flip(0).contiguous().flip(0) if a.dim() == 1 else a.mT.contiguous().mT for a in args[:5]]
+    strided = [in_strides(a) for a in args[:5]]
     padded = functional.pad(args[0], (1, 2))[:, 1:-2]
-    assert_near_exact(moe_expert_up(*strided, *args[5:]), wanted)
-    assert_near_exact(moe_expert_up(padded, *args[1:]), wanted)
+    same(moe_expert_up(*strided, *args[5:]), wanted)
+    same(moe_expert_up(padded, *args[1:]), wanted)
 
 
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64], ids=str)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -81,6 +82,20 @@ def test_schedules(form, schedule):
 def test_activations(act, interleaved):
     args = up_args(WIDE.replace(dtype=torch.float32, bias=True, ids="sentinels"))[:6]
     check(lambda *args: up(*args, act, interleaved), lambda *args: up_reference(*args, act, interleaved), args)
+
+
+@pytest.mark.parametrize(("act", "function"), [("tanh(g)", torch.tanh), ("log1p(g)", torch.log1p)])
+def test_small_arguments_keep_their_digits(act, function):
+    """By relative error: the textbook forms of both lose all digits of 1e-7."""
+    sign = torch.ones(1) if act == "log1p(g)" else torch.tensor([[1.0], [-1.0]])
+    g = (sign * torch.logspace(-30, 1.5, 512)).reshape(-1, 1)
+    special = torch.tensor([[0.0], [math.inf], [math.nan]])
+    hidden = torch.cat((g, special))
+    slots = torch.arange(len(hidden), dtype=torch.int32)
+    offsets = torch.tensor([0, len(hidden)], dtype=torch.int32)
+    ours = up(hidden, torch.ones(1, 1, 1), None, slots, offsets, 1, act)
+    wanted = function(hidden.double())
+    torch.testing.assert_close(ours.double(), wanted, rtol=5e-7, atol=0, equal_nan=True)
 
 
 def test_rows_of_no_expert_are_zero_whatever_they_hold():
@@ -173,15 +188,20 @@ def test_offsets_beyond_32_bits(monkeypatch):
     assert [launch["constants"]["INDEX_DTYPE"] for launch in launches.calls] == ["tl.int64", "tl.int32"]
 
 
-def test_fp32_is_multiplied_as_torch_is_told():
-    before = torch.backends.cuda.matmul.allow_tf32
+@pytest.mark.parametrize(
+    ("setting", "wide", "narrow"), [("allow_tf32", False, True), ("fp32_precision", "ieee", "tf32")]
+)
+def test_fp32_is_multiplied_as_torch_is_told(setting, wide, narrow):
+    """By either of torch's settings; reading the older one raises once the newer was written."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
     try:
-        for allowed, wanted in ((False, "ieee"), (True, "tf32")):
-            torch.backends.cuda.matmul.allow_tf32 = allowed
+        for value, wanted in ((wide, "ieee"), (narrow, "tf32")):
+            setattr(matmul, setting, value)
             assert eager.dot_precision(torch.float32) == wanted
             assert eager.dot_precision(torch.bfloat16) == "ieee"
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        matmul.fp32_precision = before
 
 
 @given(st.integers(1, 1 << 20))

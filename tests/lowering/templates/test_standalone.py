@@ -1,7 +1,9 @@
 """The second host of the templates: hooks, launches, and kernels compiled for sm_90 without one."""
 
 import ast
+import contextlib
 import re
+import types
 
 import jinja2
 import pytest
@@ -92,6 +94,21 @@ def test_the_source_of_a_kernel_lies_in_a_private_folder():
 
 
 # Compiled for sm_90
+
+
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device and would read the other one's memory."""
+    entered = []
+    output = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda:1"), dim=lambda: 1)
+    kernel = types.SimpleNamespace(arguments=lambda tensors: [])
+    monkeypatch.setattr(standalone, "render", lambda *args, **options: kernel)
+    monkeypatch.setattr(standalone, "_jit_function", lambda kernel: {(1,): lambda **options: entered.append("launch")})
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(entered.append(device.index)))
+    for current in (0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        standalone.launch("", {"OUT": output}, name="x", constants={}, grid=(1,), num_warps=1, num_stages=1)
+    assert entered == [1, "launch", "launch"]
+
 
 UP, DOWN = GemmShape(128, 2048, 768, True), GemmShape(128, 768, 2048, False)
 
