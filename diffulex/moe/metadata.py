@@ -60,9 +60,10 @@ def _check_float(where: str, name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_devices(where: str, tensors: dict[str, Tensor]) -> None:
-    (first, tensor), *others = tensors.items()
-    for name, other in others:
+def _check_devices(where: str, record: object, first: str, *others: str) -> None:
+    tensor: Tensor = getattr(record, first)  # by name: Dynamo does not look into `vars` of a frozen dataclass
+    for name in others:
+        other: Tensor = getattr(record, name)
         if other.device != tensor.device:
             raise MoEDeviceError.of(
                 where,
@@ -99,7 +100,7 @@ class RouterMetadata:
         _check_int(where, "topk_ids", self.topk_ids)
         _check_float(where, "topk_weights", self.topk_weights)
         _check_float(where, "router_logits", self.router_logits)
-        _check_devices(where, vars(self))
+        _check_devices(where, self, "topk_ids", "topk_weights", "router_logits")
 
     @classmethod
     def empty(
@@ -183,7 +184,8 @@ class DispatchMetadata:
         _check_int(where, "recv_token_indices", self.recv_token_indices)
         _check_float(where, "recv_hidden_states", self.recv_hidden_states)
         _check_float(where, "recv_weights", self.recv_weights)
-        _check_devices(where, {name: value for name, value in vars(self).items() if isinstance(value, Tensor)})
+        names = ("recv_hidden_states", "recv_local_expert", "recv_token_indices", "recv_weights")
+        _check_devices(where, self, *names)
 
     @property
     def total_recv_slots(self) -> int:
@@ -216,10 +218,9 @@ class ExpertExecutionMetadata:
         _check_shape(where, "sorted_slot_ids", self.sorted_slot_ids, (None,))
         _check_shape(where, "packed_token_ids", self.packed_token_ids, (self.sorted_slot_ids.shape[0],))
         _check_shape(where, "seg_indptr", self.seg_indptr, (None,))
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        for name, tensor in tensors.items():
-            _check_int(where, name, tensor)
-        _check_devices(where, tensors)
+        for name in ("sorted_slot_ids", "packed_token_ids", "seg_indptr"):
+            _check_int(where, name, getattr(self, name))
+        _check_devices(where, self, "sorted_slot_ids", "packed_token_ids", "seg_indptr")
         if self.top_k < 1 or self.sorted_slot_ids.shape[0] % self.top_k or self.seg_indptr.shape[0] < 2:
             raise MoERangeError.of(
                 where,

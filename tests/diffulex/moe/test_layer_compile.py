@@ -58,6 +58,7 @@ def test_training_in_at_most_three_graphs(name):
     assert counters["stats"]["unique_graphs"] <= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("name", ["qwen2_moe", "inkling"])
 def test_inductor_over_token_counts(name, train):
