@@ -51,6 +51,18 @@ def test_the_checkout_is_read_whole(checkout):
     assert not [path for path in paths if path.startswith((".git/", ".venv/"))]
 
 
+@pytest.mark.parametrize("git", ["knows nothing", "is not installed"])
+def test_a_source_archive_is_read_whole(git, tmp_path, monkeypatch):
+    files = ["README.md", ".ci/run", ".gitignore", "lowering/builder.py"]
+    made = [".venv/a.py", "build/a.py", "diffulex.egg-info/a.txt", "lowering/__pycache__/a.txt", ".mypy_cache/a.json"]
+    for name in files + made:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x\n")
+    if git == "is not installed":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    assert sorted(source.path for source in read_checkout(tmp_path)) == sorted(files)
+
+
 def test_every_gate_is_run():
     public = {
         f"{module.__name__}.{f.name}"
@@ -94,6 +106,61 @@ BROKEN = [
     (sizes.environment, "lowering/a.py", "import os\nA = os.environ['HOME']", "reads the environment"),
     (sizes.environment, "diffulex/a.py", "import os\nA = 'HOME' in os.environ", "reads the environment"),
     (sizes.environment, "diffulex/a.py", "import os\ndef f():\n    return os.getenv('HOME')", "reads the environment"),
+    *[
+        (sizes.environment, "lowering/a.py", f"import os\n{line}", "a.py:2: reads the environment")
+        for line in (
+            "A = os.environ.setdefault('HOME', 'x')",
+            "A = os.environ.pop('HOME')",
+            "A = dict(os.environ)['HOME']",
+            "A = {**os.environ}['HOME']",
+            "A = f(os.environ)",
+            "del os.environ['HOME']",
+        )
+    ],
+    (sizes.environment, "lowering/a.py", "import os as o\nA = o.environ['HOME']", "reads the environment"),
+    (sizes.environment, "lowering/a.py", "from os import environ as e\nA = e['HOME']", "reads the environment"),
+    (sizes.environment, "lowering/a.py", "from os import getenv\nA = getenv('HOME')", "reads the environment"),
+    (
+        sizes.environment,
+        "lowering/settings.py",
+        "import os\nA = os.environ['HOME']",
+        "HOME is not a variable of diffulex",
+    ),
+    (sizes.parameters, "lowering/a.py", "def f(a, b, mode_1: int, c_X: int): ...", "make mode_1, c_X keyword-only"),
+    (sizes.parameters, "lowering/a.py", "def f(a, b, mode_1: Tensor): ...", "make mode_1 keyword-only"),
+    (
+        sizes.parameters,
+        "lowering/a.py",
+        "class A:\n    def __init__(self, a, b, *, c, d, e, f, g, h, i): ...",
+        "A.__init__ has 9 parameters",
+    ),
+    (structure.import_order, "lowering/ops/a.py", "def f():\n    from ..inductor import b", "ops must not import"),
+    (structure.import_order, "lowering/ops/a.py", "import_module('diffulex.moe')", "lowering never imports diffulex"),
+    (
+        structure.import_order,
+        "lowering/ops/a.py",
+        "def f():\n    importlib.import_module('lowering.inductor.b')",
+        "ops must not import lowering.inductor.b",
+    ),
+    *[
+        (
+            words.swallowed,
+            "lowering/a.py",
+            f"for i in x:\n    try:\n        f()\n    except Exception{rest}",
+            "catches every",
+        )
+        for rest in (":\n        ...", ":\n        break", ":\n        ok = False", " as error:\n        log('failed')")
+    ],
+    *[
+        (words.leaks, "a.md", text, "a.md:1")
+        for text in (
+            "{} session did it".format("Last"),
+            "in {0}home{0}me".format("/"),
+            "{} #12".format("Issue"),
+            "this work{}".format("place"),
+            "by Sub-{}".format("Agents"),
+        )
+    ],
     (
         structure.import_order,
         "lowering/ops/a.py",
@@ -174,13 +241,15 @@ SOUND = [
     (sizes.function_length, "diffulex/a.py", "def f() -> None:\n" + "    x = 1\n" * 69),
     (sizes.parameters, "diffulex/a.py", "class A:\n    def f(self, a, b, *, c, d, e, f, g, h): ..."),
     (sizes.parameters, "lowering/ops/_a.py", "def check(a, b, c): ..."),
+    (sizes.parameters, "lowering/ops/a.py", "def f(a, b, c_TH: Tensor, d_E: Tensor | None): ..."),
+    (sizes.parameters, "lowering/a.py", "class _A:\n    def __init__(self, a, b, c): ..."),
     (sizes.parameters, "lowering/ops/a.py", "def _cpu(a, b, c, d, e, f, g, h, i): ..."),
     (sizes.parameters, "lowering/templates/a.py", "@triton.jit\ndef moe(a, b, c, d, e, f, g, h, i): ..."),
     (sizes.environment, "lowering/settings.py", "import os\nA = os.environ.get('DIFFULEX_A')"),
     (sizes.environment, "diffulex/a.py", "import os\nrun(env={**os.environ, 'A': '1'})\nos.environ['A'] = '1'"),
     (structure.import_order, "lowering/graph/a.py", "from ..report import A\nfrom ..ops import b\nfrom .c import d"),
     (structure.import_order, "lowering/__init__.py", "from .inductor import a"),
-    (structure.import_order, "lowering/ops/a.py", "def f():\n    import triton"),
+    (structure.import_order, "lowering/ops/a.py", "def f():\n    import triton\n    from ..templates import a"),
     (structure.import_order, "diffulex/a.py", "from lowering.inductor import a"),
     (
         structure.naming,
@@ -195,6 +264,8 @@ SOUND = [
     (words.docstring_shapes, "lowering/a.py", TENSOR_DOC.format("Take hidden [T, H], bf16.")),
     (words.docstring_shapes, "lowering/a.py", TENSOR_DOC.format("Take hidden_TH in any floating dtype.")),
     (words.swallowed, "lowering/a.py", "try:\n    f()\nexcept OSError:\n    pass\nexcept Exception as e:\n    log(e)"),
+    (words.swallowed, "lowering/a.py", "try:\n    f()\nexcept Exception:\n    raise"),
+    (words.swallowed, "lowering/a.py", "try:\n    f()\nexcept Exception:\n    traceback.print_exc()"),
     (words.leaks, "README.md", "pytest's session fixtures, the working folder, network/interfaces"),
 ]
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("diffulex", "lowering")
+_HIDDEN_SOURCES = frozenset({".ci", ".github", ".gitignore", ".gitattributes"})
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -22,7 +23,9 @@ class Source(NamedTuple):
 
 
 class Function(NamedTuple):
-    """A function or method and where it stands. `public` is False in private modules, private classes and functions."""
+    """A function or method and where it stands. `public` is False in private modules, private classes and functions;
+    constructors are as public as their class.
+    """
 
     path: str
     name: str
@@ -34,6 +37,11 @@ class Function(NamedTuple):
     def where(self) -> str:
         """`path:line: name`, the start of every problem report."""
         return f"{self.path}:{self.node.lineno}: {self.name}"
+
+    @property
+    def is_constructor(self) -> bool:
+        """Whether it is the `__init__` of a class."""
+        return self.owner is not None and self.node.name == "__init__"
 
     @property
     def is_jit(self) -> bool:
@@ -62,18 +70,28 @@ def parse(source: Source) -> ast.Module:
 
 def read_checkout(root: Path = ROOT) -> list[Source]:
     """Every text file that git tracks or would track; without git, every file outside hidden and built folders."""
-    listing = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=root,
-        capture_output=True,
-        check=False,
-    )
-    if listing.returncode == 0:
-        paths = sorted({root / name for name in listing.stdout.decode().split("\0") if name})
-    else:
-        skipped = (".", "build", "dist", "__pycache__")
-        paths = sorted(p for p in root.rglob("*") if not any(x.startswith(skipped) for x in p.relative_to(root).parts))
+    paths = _listed_by_git(root)
+    if paths is None:
+        paths = [path for path in root.rglob("*") if not any(map(_is_built, path.relative_to(root).parts))]
+    paths.sort()
     return [Source(path.relative_to(root).as_posix(), text) for path in paths if (text := _read_text(path)) is not None]
+
+
+def _listed_by_git(root: Path) -> list[Path] | None:
+    """What git tracks or would track; None where there is no git, or where it knows nothing of the folder."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listing = subprocess.run(command, cwd=root, capture_output=True, check=False)
+    except FileNotFoundError:
+        return None
+    names = {name for name in listing.stdout.decode().split("\0") if name}
+    return [root / name for name in names] if listing.returncode == 0 and names else None
+
+
+def _is_built(part: str) -> bool:
+    """Whether a file or folder of this name is made and not written: environments, caches, builds."""
+    hidden = part.startswith(".") and part not in _HIDDEN_SOURCES
+    return hidden or part in {"build", "dist", "results", "__pycache__"} or part.endswith(".egg-info")
 
 
 def _read_text(path: Path) -> str | None:
@@ -105,7 +123,7 @@ def _functions(
 ) -> Iterator[Function]:
     for node in ast.iter_child_nodes(parent):
         if isinstance(node, FunctionNode):
-            visible = public and not node.name.startswith("_")
+            visible = public and (not node.name.startswith("_") or (owner is not None and node.name == "__init__"))
             yield Function(path, prefix + node.name, node, visible, owner)
             yield from _functions(path, node, prefix=f"{prefix}{node.name}.", owner=None, public=False)
         elif isinstance(node, ast.ClassDef):

@@ -12,8 +12,13 @@ _DTYPE = re.compile(
     r"\b(?:dtypes?|(?:fp|f|i|u|int|uint|float)(?:8|16|32|64)|bf16|bfloat16|ints?|integers?|bool(?:ean)?s?|floats?|floating)\b"
 )
 # Paths of one machine and words about how the project is made: the project speaks of itself alone.
-_LEAK = re.compile(r"/(?:work|farm|root)/|\b(?:this|next|last) ses[s]ion\b|\bC[E]O\b|sub[a]gent")
+_LEAK = re.compile(
+    r"/(?:work|farm|root|home|users)/|\b(?:this|next|last|previous|earlier) ses[s]ions?\b|\bC[E]O\b"
+    r"|\bsub-?[a]gents?\b|\bwork[p]lace\b|\b(?:issue|ticket|task) ?#\d",
+    re.IGNORECASE,
+)
 _ALL_EXCEPTIONS = frozenset({"Exception", "BaseException"})
+_TELLERS = re.compile(r"traceback\.\w+|sys\.exc_info|(?:\w+\.)*(?:logger|log|logging)\.exception")
 
 
 def annotations(sources: Sequence[Source]) -> list[str]:
@@ -66,19 +71,24 @@ def _handles_tensors(function: Function) -> bool:
 
 
 def swallowed(sources: Sequence[Source]) -> list[str]:
-    """Handlers that catch everything and do nothing with it, so that the reason is lost."""
+    """Handlers that catch everything and neither raise nor look at what they caught, so that the reason is lost."""
     problems = []
     for source in python_of_packages(sources):
         for node in ast.walk(parse(source)):
-            if isinstance(node, ast.ExceptHandler) and _catches_all(node) and _does_nothing(node):
+            if isinstance(node, ast.ExceptHandler) and _catches_all(node) and _loses_reason(node):
                 problems.append(f"{source.path}:{node.lineno}: catches everything and loses the reason")
             elif isinstance(node, ast.Call) and _suppresses_all(node):
                 problems.append(f"{source.path}:{node.lineno}: suppresses everything and loses the reason")
     return problems
 
 
-def _does_nothing(handler: ast.ExceptHandler) -> bool:
-    return all(isinstance(statement, ast.Pass | ast.Return | ast.Continue) for statement in handler.body)
+def _loses_reason(handler: ast.ExceptHandler) -> bool:
+    for node in (inner for statement in handler.body for inner in ast.walk(statement)):
+        if isinstance(node, ast.Raise) or (isinstance(node, ast.Name) and node.id == handler.name):
+            return False
+        if isinstance(node, ast.Call) and _TELLERS.fullmatch(ast.unparse(node.func)):
+            return False
+    return True
 
 
 def _suppresses_all(call: ast.Call) -> bool:
