@@ -94,7 +94,7 @@ def _moe_dispatch(ids: Any, num_experts: int) -> Any:
     top_k = _compat.static_size(top_k)
     slots = num_tokens * top_k
     bound = rows_bound(slots, _compat.current_fx_node(), device=ids.get_device())
-    schedule = dispatch_schedule(_MANY_ROWS if bound is None else bound, num_experts, top_k)
+    schedule = dispatch_schedule(_MANY_ROWS if bound is None else bound, num_experts, top_k=top_k)
     order, token = (_empty(ids, [slots], torch.int32) for _ in range(2))
     (ids,) = _compat.contiguous_inputs(ids)
     outputs = _compat.realize_inputs(order, token)

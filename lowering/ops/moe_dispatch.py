@@ -83,7 +83,7 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def dispatch_schedule(slots: int, num_experts: int, top_k: int) -> DispatchSchedule:
+def dispatch_schedule(slots: int, num_experts: int, *, top_k: int) -> DispatchSchedule:
     """The schedule for about `slots` = T*K slots of ids [T, top_k]; right for any number of them.
 
     Measured on one H200: up to 8,192 slots one launch beats two; beyond, each id is better read twice than E times.
@@ -105,7 +105,7 @@ def _cuda(ids_TK: Tensor, num_experts: int) -> _Slots:
 
     _validate(ids_TK, num_experts)
     slots = ids_TK.numel()
-    schedule = dispatch_schedule(slots, num_experts, ids_TK.shape[1])
+    schedule = dispatch_schedule(slots, num_experts, top_k=ids_TK.shape[1])
     order_N, token_N = (ids_TK.new_empty(slots, dtype=torch.int32) for _ in range(2))
     offsets_E1 = ids_TK.new_empty(num_experts + 1, dtype=torch.int32)
 

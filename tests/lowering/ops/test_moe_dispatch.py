@@ -182,7 +182,7 @@ def run_kernel(ids, num_experts, changes):
     tokens, top_k = ids.shape
     order, token = (torch.full((tokens * top_k,), -7, dtype=torch.int32) for _ in range(2))
     offsets = torch.full((num_experts + 1,), -7, dtype=torch.int32)
-    constants = dispatch_schedule(tokens * top_k, num_experts, top_k).constants | changes
+    constants = dispatch_schedule(tokens * top_k, num_experts, top_k=top_k).constants | changes
     tensors = {"IDS": ids, "ORDER": order, "TOKEN": token, "OUT": offsets}
     if "PROGRAMS" in changes:
         programs = changes["PROGRAMS"]

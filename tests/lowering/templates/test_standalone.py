@@ -182,11 +182,11 @@ def test_the_other_templates_compile():
 def test_dispatch_compiles_without_spills_or_global_atomics(num_experts):
     ids, out = on_meta(16384, 8, dtype=torch.int32), on_meta(num_experts + 1, dtype=torch.int32)
     written = {name: on_meta(131072, dtype=torch.int32) for name in ("ORDER", "TOKEN")}
-    many = dispatch_schedule(131072, num_experts, 8)
+    many = dispatch_schedule(131072, num_experts, top_k=8)
     counts = on_meta(many.programs, many.constants["BINS"], dtype=torch.int32)
     for name, tensors, schedule in (
-        ("moe_dispatch", {"IDS": ids, **written, "OUT": out}, dispatch_schedule(512, num_experts, 8)),
-        ("moe_dispatch", {"IDS": ids, **written, "OUT": out}, dispatch_schedule(8192, num_experts, 8)),
+        ("moe_dispatch", {"IDS": ids, **written, "OUT": out}, dispatch_schedule(512, num_experts, top_k=8)),
+        ("moe_dispatch", {"IDS": ids, **written, "OUT": out}, dispatch_schedule(8192, num_experts, top_k=8)),
         ("moe_dispatch_count", {"IDS": ids, "OUT": counts}, many),
         ("moe_dispatch_place", {"IDS": ids, "COUNTS": counts, **written, "OUT": out}, many),
     ):
