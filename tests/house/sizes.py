@@ -106,9 +106,12 @@ def environment(sources: Sequence[Source]) -> list[str]:
 
 def _foreign_names(source: Source) -> list[str]:
     """Names of variables in the settings that are not ours."""
-    strings = (n for n in ast.walk(parse(source)) if isinstance(n, ast.Constant) and isinstance(n.value, str))
-    foreign = [n for n in strings if re.fullmatch(r"(?!DIFFULEX_)[A-Z][A-Z0-9_]{2,}", n.value)]
-    return [f"{source.path}:{n.lineno}: {n.value} is not a variable of diffulex" for n in foreign]
+    strings = [(n.lineno, n.value) for n in ast.walk(parse(source)) if isinstance(n, ast.Constant)]
+    return [
+        f"{source.path}:{line}: {name} is not a variable of diffulex"
+        for line, name in strings
+        if isinstance(name, str) and re.fullmatch(r"(?!DIFFULEX_)[A-Z][A-Z0-9_]{2,}", name)
+    ]
 
 
 def _environment_reads(tree: ast.Module) -> list[ast.expr]:
