@@ -13,7 +13,7 @@ from .compare import Result, Task
 from .table import Check, format_table
 
 MOST_GRAPHS_ON_CPU = 3
-MOST_KERNELS_PER_LAYER = 7
+MOST_KERNELS_PER_BLOCK = 7  # one for each of the five stages; two are left for the router's product, a library call
 
 
 def describe_model(model: Any, preset: str) -> str:
@@ -153,8 +153,10 @@ class Comparison:
             return checks
         slow = [layer.name for layer in report.layers if layer.backend != "generated Triton"]
         checks.append(Check("every MoE layer runs generated Triton", ", ".join(slow)))
-        many = f"{self.ours.kernels} kernels" if self.ours.kernels > MOST_KERNELS_PER_LAYER else ""
-        checks.append(Check(f"at most {MOST_KERNELS_PER_LAYER} kernels per MoE layer", many))
+        many = f"{self.ours.kernels} kernels" if self.ours.kernels > MOST_KERNELS_PER_BLOCK else ""
+        checks.append(
+            Check(f"at most {MOST_KERNELS_PER_BLOCK} kernels per MoE layer, the router's product included", many)
+        )
         return checks
 
 
