@@ -75,6 +75,7 @@ def block_of(module: nn.Module | Block, *, owned: Owned = None) -> Block:
     if isinstance(module, Block):
         block = module
     else:
+        module = getattr(module, "_orig_mod", module)  # what torch.compile wrapped
         spec: Any = module.spec
         shared = 1 if spec.shared is None else spec.shared.count
         block = Block(dict(_tensors(module)), spec.experts.num_experts, shared, spec.experts.interleaved)

@@ -111,6 +111,28 @@ def test_parameters_stay_parameters(tmp_path):
         assert parameter is held[name] and parameter.requires_grad and parameter.grad_fn is None
 
 
+def test_a_compiled_layer_is_the_layer_in_it():
+    layer = NaiveFusedMoE(SPECS["mixtral"])
+    assert block_of(torch.compile(layer)).params.keys() == block_of(layer).params.keys()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["v5", "v4"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "dbrx", "nemotron_h"])
+def test_layers_on_a_card(family, form, tmp_path):
+    """Both ways, bitwise: the files do not know where the layers were."""
+    if form not in scheme_of(family).forms:
+        pytest.skip("the family has one form")
+    layer, again = (NaiveFusedMoE(SPECS[family], device=device, dtype=torch.bfloat16) for device in ("cpu", "cuda"))
+    save_checkpoint({0: layer}, tmp_path / "cpu", model_type=family, options=SaveOptions(form=form))
+    load_checkpoint({0: again}, tmp_path / "cpu", model_type=family)
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(again.state_dict()[name].cpu(), tensor), name
+    save_checkpoint({0: again}, tmp_path / "cuda", model_type=family, options=SaveOptions(form=form))
+    files = [(tmp_path / device / "model.safetensors").read_bytes() for device in ("cpu", "cuda")]
+    assert files[0] == files[1]
+
+
 def test_facts_of_a_layer():
     block = block_of(NaiveFusedMoE(SPECS["gpt_oss"]))
     assert block.interleaved and block.total == EXPERTS and block.experts == tuple(range(EXPERTS))
