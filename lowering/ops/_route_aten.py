@@ -27,6 +27,8 @@ def wide_dtype(logits_TC: Tensor) -> torch.dtype:
 
 def rounding(spec: RoutingSpec, logits: torch.dtype, bias: torch.dtype | None = None) -> torch.dtype | None:
     """The 16-bit dtype that scores, or with `bias` that scores plus a bias of this dtype, are rounded to, or None."""
+    if spec.score_dtype == "float32":
+        return None
     dtype = logits if spec.score_dtype == "logits" else getattr(torch, spec.score_dtype)
     dtype = dtype if bias is None else torch.promote_types(dtype, bias)
     return dtype if dtype.itemsize == 2 else None

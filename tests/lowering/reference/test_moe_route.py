@@ -104,3 +104,101 @@ def test_scores_by_formula(score, dtype):
 def test_options_without_a_meaning_are_refused():
     with pytest.raises(MoERangeError):
         moe_route_reference(torch.zeros(1, 2), RoutingSpec(3))
+
+
+def weights_of(scores, spec, **options):
+    """Weights of one token with these sigmoid scores."""
+    logits = torch.tensor([scores], dtype=torch.float64).logit()
+    weights, ids = moe_route_reference(logits, spec, **options)
+    return weights[0].tolist(), ids[0].tolist()
+
+
+def test_norms_by_hand():
+    """Scores 0.8 and 0.6: their 2-norm is 1."""
+    spec = RoutingSpec(2, "sigmoid", renorm=2.0, scale=10.0)
+    weights, ids = weights_of([0.6, 0.1, 0.8], spec)
+    assert ids == [2, 0] and weights == pytest.approx([8.0, 6.0])
+    half, _ = weights_of([0.64, 0.1, 0.81], RoutingSpec(2, "sigmoid", renorm=0.5))
+    assert half == pytest.approx([0.81 / 1.7**2, 0.64 / 1.7**2])
+
+
+@pytest.mark.parametrize(
+    ("options", "divisor"),
+    [
+        ({"eps": 0.6}, 2.0),
+        ({"eps": 0.6, "eps_mode": "clamp_min"}, 1.4),
+        ({"eps": 2.0, "eps_mode": "clamp_min"}, 2.0),
+        ({"eps": 0.0, "eps_mode": "clamp_min"}, 1.4),
+        ({"renorm": 2.0, "eps": 0.5}, 1.5),
+        ({"renorm": 2.0, "eps": 4.0, "eps_mode": "clamp_min"}, 4.0),
+        ({"renorm": 0.0, "eps": 3.0}, 1.0),
+    ],
+)
+def test_the_divisor_by_hand(options, divisor):
+    weights, _ = weights_of([0.6, 0.8], RoutingSpec(2, "sigmoid", **options))
+    assert weights == pytest.approx([0.8 / divisor, 0.6 / divisor])
+
+
+def test_one_expert_without_division():
+    assert weights_of([0.5, 0.25], RoutingSpec(1, "sigmoid"))[0] == [1.0]
+    assert weights_of([0.5, 0.25], RoutingSpec(1, "sigmoid", renorm_if_k1=False))[0] == [0.5]
+
+
+def test_a_bias_that_stays_in_the_weights():
+    bias = torch.tensor([0.5, 0.0, 0.25], dtype=torch.float64)
+    spec = RoutingSpec(2, "sigmoid", renorm=0.0, bias_in_weights=True)
+    weights, ids = weights_of([0.5, 0.8, 0.5], spec, bias_E=bias)
+    assert ids == [0, 1] and weights == pytest.approx([1.0, 0.8])
+    weights, _ = weights_of([0.5, 0.8, 0.5], spec, bias_E=bias, ids_TK=torch.tensor([[2, 7]]))
+    assert weights == pytest.approx([0.75, 0.0])
+
+
+def test_shared_columns_share_in_the_division():
+    """Two experts and two shared columns: the choice is among the experts, the sum over all that weigh."""
+    spec = RoutingSpec(1, "sigmoid", n_shared=2, scale=2.0)
+    weights, ids = weights_of([0.2, 0.4, 0.9, 0.7], spec, per_expert_scale_E=torch.tensor([10.0, 3.0]))
+    assert ids == [1, 2, 3] and weights == pytest.approx([1.2, 0.9, 0.7])
+    weights, ids = weights_of([0.2, 0.4, 0.9, 0.7], spec, ids_TK=torch.tensor([[2]]))
+    assert ids == [4, 2, 3] and weights == pytest.approx([0.0, 1.125, 0.875]), "a shared column is no expert"
+
+
+def test_the_scale_of_an_expert_comes_last():
+    scale = torch.tensor([1.0, -2.0, 4.0])
+    weights, ids = weights_of([0.25, 0.25, 0.5], RoutingSpec(3, "sigmoid", scale=2.0), per_expert_scale_E=scale)
+    assert ids == [2, 0, 1] and weights == pytest.approx([4.0, 0.5, -1.0])
+
+
+def test_a_soft_cap_by_hand():
+    logits = torch.tensor([[3.0, -100.0, 1000.0]], dtype=torch.float64)
+    weights, ids = moe_route_reference(logits, RoutingSpec(3, "sigmoid", softcap=2.0, renorm=0.0))
+    wanted = [1 / (1 + math.exp(-2.0 * math.tanh(z / 2.0))) for z in (1000.0, 3.0, -100.0)]
+    assert ids.tolist() == [[2, 0, 1]] and weights[0].tolist() == pytest.approx(wanted)
+
+
+def test_rounded_scores_tie():
+    """0.5 + 2**-10 is 0.5 in bfloat16: the lowest index wins, and the weight is the rounded score."""
+    logits = torch.tensor([[0.0, 2**-8, -1.0]], dtype=torch.float64)
+    assert moe_route_reference(logits, RoutingSpec(2, "sigmoid"))[1].tolist() == [[1, 0]]
+    spec = RoutingSpec(2, "sigmoid", renorm=0.0, score_dtype="bfloat16")
+    weights, ids = moe_route_reference(logits, spec)
+    assert ids.tolist() == [[0, 1]] and weights.tolist() == [[0.5, 0.5]]
+    by_logits = RoutingSpec(2, "sigmoid", renorm=0.0, score_dtype="bfloat16", select_on="logits")
+    assert moe_route_reference(logits, by_logits)[1].tolist() == [[1, 0]]
+    low = RoutingSpec(2, "sigmoid", renorm=0.0, score_dtype="logits")
+    assert moe_route_reference(logits.bfloat16(), low)[1].tolist() == [[0, 1]]
+    assert moe_route_reference(logits, low)[1].tolist() == [[1, 0]]
+
+
+def test_a_wider_bias_keeps_its_digits():
+    """0.5 + 2**-10 and 0.5 differ in fp32, and not in bfloat16."""
+    spec, bias = RoutingSpec(1, "sigmoid", score_dtype="bfloat16"), torch.tensor([0.0, 2**-10])
+    assert moe_route_reference(torch.zeros(1, 2), spec, bias_E=bias)[1].tolist() == [[1]]
+    assert moe_route_reference(torch.zeros(1, 2), spec, bias_E=bias.bfloat16())[1].tolist() == [[0]]
+
+
+def test_saturated_scores_tie_and_logits_do_not():
+    logits = torch.tensor([[50.0, 60.0]])
+    assert moe_route_reference(logits, RoutingSpec(1, "sigmoid"))[1].tolist() == [[0]]
+    assert moe_route_reference(logits, RoutingSpec(1, "sigmoid", select_on="logits"))[1].tolist() == [[1]]
+    bias = torch.tensor([20.0, 0.0])
+    assert moe_route_reference(logits, RoutingSpec(1, "sigmoid", select_on="logits"), bias_E=bias)[1].tolist() == [[0]]
