@@ -8,9 +8,11 @@ import torch
 from diffulex.checkpoint import Block, LoadOptions, SaveOptions, block_of, load_checkpoint, save_checkpoint
 from diffulex.checkpoint.block import stored_tensors
 from diffulex.checkpoint.schemes import scheme_of
-from diffulex.moe import MoESpec, NaiveFusedMoE, SharedExpertSpec
+from diffulex.moe import MoESpec, NaiveFusedMoE, SharedExpertSpec, build_moe_block
+from lowering.errors import MoEConfigError
 from lowering.spec import ExpertSpec, RoutingSpec
-from tests.support.checkpoints import BY_FAMILY, EXPERTS, HIDDEN, WIDTH, tiny_model
+from tests.support.catalogue import raises_catalogue
+from tests.support.checkpoints import BY_FAMILY, CASES, EXPERTS, HIDDEN, WIDTH, tiny_model
 
 
 def experts(act="silu(g) * u", width=WIDTH, **changes):
@@ -63,23 +65,45 @@ def _theirs(case, layer, hidden_TH):
     return out_TH + layer.shared_mlp(hidden_TH) if hasattr(layer, "shared_mlp") else out_TH
 
 
+def _saved_model(case, folder, *, original):
+    """The model in fp64, saved; its own loop over experts, as grouped products have no fp64."""
+    model = tiny_model(case, dtype=torch.float64).eval()
+    model.set_experts_implementation("eager")
+    model.save_pretrained(folder, save_original_format=original)
+    return model
+
+
+def _assert_same_results(case, model, layer):
+    hidden_TH = torch.randn(9, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected_TH = _theirs(case, model.get_submodule(case.layers)[1], hidden_TH)
+    found_TH, _ = layer(hidden_TH)
+    assert expected_TH.norm() > 0
+    assert (found_TH - expected_TH).norm() <= SAME * expected_TH.norm()
+
+
 @pytest.mark.parametrize("original", [False, True], ids=["v5", "v4"])
 @pytest.mark.parametrize("family", SPECS)
 @torch.no_grad()
 def test_a_loaded_layer_computes_what_the_models_block_does(family, original, tmp_path):
     case = BY_FAMILY[family]
-    model = tiny_model(case, dtype=torch.float64).eval()
-    if family not in ("dbrx", "llama4_text"):
-        model.set_experts_implementation("eager")
-    model.save_pretrained(tmp_path, save_original_format=original)
+    model = _saved_model(case, tmp_path, original=original)
     layer = NaiveFusedMoE(SPECS[family], dtype=torch.float64)
-
     load_checkpoint({1: layer}, tmp_path, model_type=family)
+    _assert_same_results(case, model, layer)
 
-    hidden_TH = torch.randn(9, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    expected_TH = _theirs(case, model.get_submodule(case.layers)[1], hidden_TH)
-    found_TH, _ = layer(hidden_TH)
-    assert (found_TH - expected_TH).norm() <= SAME * expected_TH.norm()
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.family)
+@torch.no_grad()
+def test_config_and_checkpoint_make_a_layer_for_every_family(case, tmp_path):
+    """Nothing by hand: the layer from the config, the weights from the file in its original format."""
+    model = _saved_model(case, tmp_path, original=True)
+    if case.family == "phimoe":
+        with raises_catalogue(MoEConfigError, got="sparsemixer"):
+            build_moe_block("naive", model.config, 1)
+        return
+    layer = build_moe_block("naive", model.config, 1, dtype=torch.float64)
+    load_checkpoint({1: layer}, tmp_path, model_type=model.config.model_type)
+    _assert_same_results(case, model, layer)
 
 
 @pytest.mark.parametrize("form", ["v5", "v4"])
