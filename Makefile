@@ -12,9 +12,19 @@ START := $(shell date +%s)
 ARGS ?=
 PYTEST_ARGS ?=
 
+# An interpreter that is asked for and is not the one in $(VENV) makes a new one.
+WHICH := -c 'import sys; print(sys.base_prefix, sys.version)'
+CLEAR :=
+ifneq ($(origin PYTHON),file)
+ifneq ($(shell $(PYTHON) $(WHICH) 2>&1),$(shell $(BIN)/python $(WHICH) 2>&1))
+CLEAR := --clear
+$(STAMP): FORCE
+endif
+endif
+
 elapsed = @echo "$(1): $$(( $$(date +%s) - $(START) )) s"
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format clean FORCE
 
 help:
 	@echo "make demo    build, train, compile and compare a small MoE model (no GPU needed)"
@@ -47,7 +57,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; Python 3.11 or newer is needed (PYTHON=... picks one)" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), 3.11 or newer is needed; set PYTHON, e.g. make test PYTHON=python3.12" >&2; exit 1; }
 	@echo "Setting up $(VENV) (once; torch and triton are large downloads)"
-	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot create $(VENV); on Debian and Ubuntu install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv $(CLEAR) $(VENV) || { echo "error: $(PYTHON) cannot create $(VENV); on Debian and Ubuntu install python3-venv" >&2; exit 1; }
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test]"
 	@touch $@
 	$(call elapsed,set-up)

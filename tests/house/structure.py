@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
-from .source import Source, functions, in_folders, parse, python_of_packages
+from .source import PACKAGES, Source, functions, in_folders, parse, python_of_packages
 
 # Leaf first. A step may import what stands before it; the members of one step may not import one another.
 _ORDER = (
@@ -27,6 +29,7 @@ _REPORT_IMPORTS = frozenset({"errors", "spec", "settings"})
 _REPORT_WRITERS = frozenset({"graph", "schedule", "templates", "inductor"})
 # Allowed in function bodies on top of that: eager CUDA calls render the templates.
 _LATE = {"ops": frozenset({"templates"})}
+_OPTIONAL = frozenset({"vllm"})  # imported where a user asks for it by name
 _TRITON_AT_IMPORT = ("lowering/templates/", "lowering/inductor/")
 
 
@@ -106,6 +109,25 @@ def _forbidden(path: str, target: str, *, at_import: bool) -> str | None:
     if _part(target) not in allowed:
         return f"{part} must not import {target}; it may import {', '.join(sorted(allowed)) or 'nothing'}"
     return None
+
+
+def packaging(sources: Sequence[Source]) -> list[str]:
+    """Imports of other projects that pyproject.toml does not declare, and folders of code without an __init__.py."""
+    paths = {source.path for source in sources}
+    project = next((tomllib.loads(s.text)["project"] for s in sources if s.path == "pyproject.toml"), {})
+    declared = {re.split(r"[^\w-]", line)[0] for line in project.get("dependencies", ())}
+    known = sys.stdlib_module_names | declared | _OPTIONAL | set(PACKAGES)
+    problems = []
+    for source in python_of_packages(sources):
+        package = f"{PurePosixPath(source.path).parent}/__init__.py"
+        if package not in paths:
+            problems.append(f"{source.path}: {package} is missing")
+        for node in ast.walk(parse(source)):
+            foreign = {target.partition(".")[0] for target in _targets(node, source.path)} - known
+            problems += [
+                f"{source.path}:{getattr(node, 'lineno', 0)}: {name} is not declared" for name in sorted(foreign)
+            ]
+    return list(dict.fromkeys(problems))
 
 
 def naming(sources: Sequence[Source]) -> list[str]:
