@@ -47,6 +47,7 @@ SPECS: dict[str, MoESpec] = {
     "weight_on_input": MoESpec(8, RoutingSpec(3, "sigmoid", apply_weight_on="input"), _E8),
     "longcat": MoESpec(8, RoutingSpec(4, renorm=0.0, scale=3.0, num_null=4, select_bias=True), _E8),
     "zaya": MoESpec(8, RoutingSpec(1, renorm=0.0, num_null=1, null="skip", logits_given=True), _E8),
+    "deepseek_v4_hash": MoESpec(8, RoutingSpec(2, "sqrtsoftplus", eps=1e-20, ids_given=True), _E8),
     "gemma4": MoESpec(
         8,
         RoutingSpec(2, per_expert_scale=True, input_norm_eps=1e-6),
@@ -117,6 +118,7 @@ def routing_specs(draw: st.DrawFn, num_experts: int) -> RoutingSpec:
         logits_dtype=draw(st.sampled_from([None, "float32"])),
         logits_scale=draw(st.sampled_from([1.0, 0.5])),
         logits_given=draw(st.booleans()),
+        ids_given=draw(st.booleans()),
         weight_dtype=draw(st.sampled_from([None, "float32"])),
         input_norm_eps=draw(st.sampled_from([None, 1e-6])),
         jitter=draw(st.sampled_from([0.0, 0.1])),
@@ -184,7 +186,7 @@ class LayerInputs:
 
 
 def make_inputs(spec: MoESpec, tokens: int, *, seed: int = 0, given: tuple[str, ...] = ()) -> LayerInputs:
-    """Seeded fp64 inputs; logits are always given where the spec says that the model computes them."""
+    """Seeded fp64 inputs; logits and ids are always given where the spec says that the model makes them."""
     generator = torch.Generator().manual_seed(seed + 1)
     num_experts = spec.experts.num_experts
     made = {
@@ -192,7 +194,8 @@ def make_inputs(spec: MoESpec, tokens: int, *, seed: int = 0, given: tuple[str, 
         "router_logits": torch.randn(tokens, spec.routing.num_logits(num_experts), generator=generator),
         "topk_ids": torch.randint(-1, num_experts + 2, (tokens, spec.routing.top_k), generator=generator),
     }
-    names = {*given, "router_logits"} if spec.routing.logits_given else set(given)
+    needed = {"router_logits": spec.routing.logits_given, "topk_ids": spec.routing.ids_given}
+    names = {*given, *(name for name, is_needed in needed.items() if is_needed)}
     hidden_TH = torch.randn(tokens, spec.hidden_size, generator=generator)
     chosen = {name: made[name] for name in made if name in names}
     return LayerInputs(hidden_TH, chosen).to(torch.float64)

@@ -78,25 +78,27 @@ class FusedMoE(nn.Module, ABC):
         topk_ids       [..., K] int32 or int64, in place of the choice: hash tables, router replay
 
         Returns the result [..., H] in the dtype of hidden_states, and the logits [T, C]. Differentiable.
-        Raises `MoEShapeError` or `MoEDtypeError` where an argument does not fit the layer, `MoEOptionError` where the
-        logits are missing that the model has to compute.
+        Raises `MoEShapeError` or `MoEDtypeError` where an argument does not fit the layer, `MoEOptionError` where
+        logits or ids are missing that the model has to hand over.
         """
         self._check_width("hidden_states", hidden_states)
         hidden_TH = hidden_states.reshape(-1, self.hidden_size)
-        topk = self.route(hidden_TH if router_input is None else router_input, logits=router_logits, ids=topk_ids)
+        read_TH = hidden_TH if router_input is None else router_input.reshape(-1, router_input.shape[-1])
+        jitter = self.spec.routing.jitter
+        if jitter and self.training:
+            noise_TH = torch.empty_like(hidden_TH).uniform_(1 - jitter, 1 + jitter)
+            hidden_TH, read_TH = hidden_TH * noise_TH, read_TH * noise_TH
+        topk = self.route(read_TH, logits=router_logits, ids=topk_ids)
         out_TH = self.mix(hidden_TH, topk)
         return out_TH.view(hidden_states.shape), topk.router_logits
 
     def route(self, router_input: Tensor, *, logits: Tensor | None = None, ids: Tensor | None = None) -> TopKOutput:
         """The choice for router_input [..., H] floating, or for logits [..., C] floating; ids [..., K] int or None."""
+        if ids is None and self.spec.routing.ids_given:
+            raise self._missing("topk_ids", "a table of this model holds them")
         if logits is None:
             if self.gate is None:
-                raise MoEOptionError.of(
-                    type(self).__name__,
-                    expected="router_logits, as this model computes them with code of its own",
-                    got="None",
-                    hint="Pass forward(..., router_logits=...).",
-                )
+                raise self._missing("router_logits", "this model computes them with code of its own")
             self._check_width("router_input", router_input)
             logits = self.gate(router_input.reshape(-1, self.hidden_size))
         else:
@@ -137,6 +139,11 @@ class FusedMoE(nn.Module, ABC):
         assert self.spec.shared is not None
         total_TH = routed_TH + shared_TH
         return total_TH / 2 if self.spec.shared.combine == "average" else total_TH
+
+    def _missing(self, name: str, why: str) -> Any:
+        return MoEOptionError.of(
+            type(self).__name__, expected=f"{name}, as {why}", got="None", hint=f"Pass forward(..., {name}=...)."
+        )
 
     def _check_width(self, name: str, tensor: Tensor) -> None:
         if tensor.shape[-1] != self.hidden_size:

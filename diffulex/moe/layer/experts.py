@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowering import ops
-from lowering.reference.moe_block import ExpertWeights, moe_block_reference
+from lowering.reference.moe_block import ExpertWeights
 
 from ..metadata import ExpertExecutionMetadata
 from .spec import MoESpec
@@ -44,16 +44,6 @@ def run_ops(hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: E
     return ops.moe_combine(slots_NH, weights_TK)
 
 
-@torch.compiler.disable(reason="the naive loop reads expert ids on the host")
-def run_naive(hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
-    """The experts as a loop over tokens that accumulates in fp32 (fp64 for fp64): the oracle; arguments as `run_ops`.
-
-    hidden [T, H] and weights [T, K] floating, ids [T, K] int. Returns [T, H] in the dtype of hidden.
-    """
-    wide = torch.promote_types(hidden_TH.dtype, torch.float32)
-    return moe_block_reference(hidden_TH, weights_TK, ids_TK, experts=experts, dtype=wide).to(hidden_TH.dtype)
-
-
 @dataclasses.dataclass(frozen=True)
 class WeightOnInput:
     """The experts of `run` with the weight multiplied on their input instead of their output (Llama 4).
@@ -85,6 +75,8 @@ def experts_function(spec: MoESpec) -> RunExperts:
     needs.
     """
     if spec.moe_gemm_impl == "naive":
+        from .experts_naive import run_naive  # loads Dynamo, to be kept out of graphs
+
         run: RunExperts = run_naive
     elif spec.moe_gemm_impl in ("vllm", "vllm_modular"):
         from ...integrations.vllm import vllm_experts

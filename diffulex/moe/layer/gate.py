@@ -73,8 +73,6 @@ class RouterGate(nn.Module):
             inputs_TH = (
                 self._normed(inputs_TH, spec.input_norm_eps or 0.0) * self.input_scale * inputs_TH.shape[1] ** -0.5
             )
-        if spec.jitter and self.training:
-            inputs_TH = inputs_TH * torch.empty_like(inputs_TH).uniform_(1 - spec.jitter, 1 + spec.jitter)
         if spec.logits_dtype is None:
             logits_TC = functional.linear(inputs_TH, self.weight, self.bias)
         else:

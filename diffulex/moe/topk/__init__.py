@@ -11,7 +11,6 @@ from .base import TopKRouter
 from .group_limited import GroupLimitedTopKRouter
 from .naive import NaiveTopKRouter
 from .output import TopKOutput
-from .reference import ReferenceTopKRouter
 
 ROUTER_IMPLS = ("triton", "naive", "group_limited", "reference")
 
@@ -19,7 +18,6 @@ __all__ = [
     "ROUTER_IMPLS",
     "GroupLimitedTopKRouter",
     "NaiveTopKRouter",
-    "ReferenceTopKRouter",
     "TopKOutput",
     "TopKRouter",
     "build_topk_router",
@@ -42,6 +40,8 @@ def build_topk_router(impl: str, spec: RoutingSpec, num_experts: int, **factory:
     if impl == "group_limited":
         return GroupLimitedTopKRouter(spec, num_experts, **factory)
     if impl == "reference":
+        from .reference import ReferenceTopKRouter  # loads Dynamo, to be kept out of graphs
+
         return ReferenceTopKRouter(spec, num_experts, **factory)
     raise MoEOptionError.of(
         "build_topk_router", expected=f"impl in {ROUTER_IMPLS}", got=repr(impl), hint="Use 'triton' where in doubt."

@@ -1,4 +1,4 @@
-"""The router as a loop over tokens: what the others are tested against."""
+"""The router as a loop over tokens, the oracle; imported where it is asked for, as its decorator loads Dynamo."""
 
 from __future__ import annotations
 

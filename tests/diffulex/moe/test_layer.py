@@ -86,8 +86,8 @@ def test_error_ratio(name, dtype):
     layer = make_layer(spec, dtype=dtype)
     inputs = make_inputs(spec, 33).to(dtype)
     with torch.no_grad():
-        logits = inputs.given.get("router_logits")
-        chosen = layer.route(inputs.hidden_TH, logits=logits)
+        logits, ids = (inputs.given.get(name) for name in ("router_logits", "topk_ids"))
+        chosen = layer.route(inputs.hidden_TH, logits=logits, ids=ids)
         ids = chosen.ids[:, : spec.routing.top_k].contiguous()
         inputs = dataclasses.replace(inputs, given={"router_logits": chosen.router_logits, "topk_ids": ids})
         ours = layer(inputs.hidden_TH, **inputs.given)[0]
@@ -147,17 +147,23 @@ def test_strided_hidden_states():
     assert torch.equal(layer(hidden.T.contiguous().T)[0], layer(hidden)[0])
 
 
-def test_jitter_is_for_training_and_for_the_router_alone():
+def test_jitter_is_for_training_and_multiplies_what_router_and_experts_read():
     layer, hidden = make_layer(SPECS["dbrx"]), make_inputs(SPECS["dbrx"], 9).hidden_TH
-    out, logits = layer(hidden)
-    layer.train()
     torch.manual_seed(0)
-    noisy = layer(hidden)[1]
-    assert not torch.equal(noisy, logits)
-    assert ((noisy - logits).abs() <= 0.1 * (hidden.abs() @ layer.gate.weight.abs().T) + 1e-12).all()
-    ids = layer.eval().route(hidden).ids
-    replayed = layer.train()(hidden, router_logits=logits, topk_ids=ids)[0]
-    assert_near_exact(replayed, out)
+    noise = torch.empty_like(hidden).uniform_(0.9, 1.1)
+    clean, wanted = layer(hidden), layer(hidden * noise)
+    torch.manual_seed(0)
+    assert all(map(torch.equal, layer.train()(hidden), wanted))
+    torch.manual_seed(0)
+    assert all(
+        map(
+            torch.equal,
+            layer(hidden / 2, router_input=hidden),
+            layer.eval()(hidden / 2 * noise, router_input=hidden * noise),
+        )
+    )
+    assert all(map(torch.equal, layer(hidden), clean))
+    assert not torch.equal(clean[1], wanted[1])
 
 
 def test_debug_mode_accepts_what_the_layer_makes(monkeypatch):
@@ -296,6 +302,7 @@ WRONG_CALLS = [
     ("mixtral", {"topk_ids": torch.zeros(4, 2).int()}, MoEShapeError, "rows of ids = T"),
     ("mixtral", {"topk_ids": torch.zeros(3, 2)}, MoEDtypeError, "ids in int32 or int64"),
     ("zaya", {}, MoEOptionError, "router_logits, as this model computes them"),
+    ("deepseek_v4_hash", {}, MoEOptionError, "topk_ids, as a table of this model holds them"),
 ]
 
 

@@ -11,11 +11,11 @@ from diffulex.moe.topk import (
     ROUTER_IMPLS,
     GroupLimitedTopKRouter,
     NaiveTopKRouter,
-    ReferenceTopKRouter,
     TopKOutput,
     TopKRouter,
     build_topk_router,
 )
+from diffulex.moe.topk.reference import ReferenceTopKRouter
 from lowering.errors import MoEOptionError, MoERangeError, MoEShapeError
 from lowering.spec import RoutingSpec
 from tests.support.moe_layers import routing_specs
