@@ -136,9 +136,13 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def moe_block(model: nn.Module) -> nn.Module:
-    """The first block with experts: router and experts, forward([B, S, H] floating) -> [B, S, H]."""
+def moe_block_name(model: nn.Module) -> str:
+    """The name of the first block with experts."""
     from ..explanation import find_experts
 
-    name = next(iter(find_experts(model)))
-    return model.get_submodule(name.rpartition(".")[0])
+    return next(iter(find_experts(model))).rpartition(".")[0]
+
+
+def moe_block(model: nn.Module) -> nn.Module:
+    """The first block with experts: router and experts, forward([B, S, H] floating) -> [B, S, H]."""
+    return model.get_submodule(moe_block_name(model))

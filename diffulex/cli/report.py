@@ -6,10 +6,13 @@ import dataclasses
 import functools
 from typing import Any
 
+from lowering.report import Decision
+
 from ..explanation import LayerReport, Report, make_report
 from . import compare, text
 from .accuracy import ErrorRatio, Oracle
 from .compare import Result, Task
+from .model import moe_block_name
 from .table import Check, format_table
 
 MOST_GRAPHS_ON_CPU = 3
@@ -56,8 +59,15 @@ class Comparison:
         """What `diffulex.explain` would say, from the compilations that were made here."""
         counts = self.ours.counts
         reasons = tuple(reason for reason, _ in counts.break_reasons)
-        decisions = self.ours.decisions
+        decisions = [self._named_in_model(decision) for decision in self.ours.decisions]
         return make_report(self.model, decisions, graphs=counts.graphs, breaks=counts.breaks, break_reasons=reasons)
+
+    def _named_in_model(self, decision: Decision) -> Decision:
+        """The decision with the name its layer has in the model: one block was compiled alone, too."""
+        block = moe_block_name(self.model)
+        if decision.layer.partition(".")[0] not in dict(self.model.get_submodule(block).named_children()):
+            return decision
+        return dataclasses.replace(decision, layer=f"{block}.{decision.layer}")
 
     def continuation(self, result: Result) -> tuple[str, bool]:
         """How a continuation compares with that of stock eager, in words, and whether it counts as the same.

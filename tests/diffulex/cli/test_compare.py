@@ -1,5 +1,6 @@
 """Tasks, continuations and checks, on results that are made up."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +82,19 @@ def test_continuation_takes_the_most_likely_token_of_the_growing_text():
         return SimpleNamespace(logits=torch.nn.functional.one_hot(input_ids + 1, 50).float())
 
     assert compare.continue_greedily(count_up, torch.tensor([[3, 7]]), length=4) == [8, 9, 10, 11]
+
+
+def test_a_block_that_was_compiled_alone_is_the_models(model, task):
+    """Its decisions name what they are about without the layers around the block."""
+    alone = result(compare.OURS)
+    decisions = tuple(
+        dataclasses.replace(decision, layer=decision.layer.removeprefix("model.layers.0.mlp."))
+        for decision in alone.decisions
+    )
+    alone = dataclasses.replace(alone, decisions=decisions)
+    report = comparison(model, task, alone).explanation
+    assert [(layer.name, len(layer.stages)) for layer in report.layers] == [(EXPERTS, 5)]
+    assert report.unattributed == ()
 
 
 def test_everything_holds(model, task):
