@@ -51,7 +51,8 @@ def load_checkpoint(
 
     Names and shapes are checked before anything is written: `MoECheckpointError` lists everything that is missing,
     that belongs to the blocks but has no place in them, or that does not fit. Beside the blocks themselves, memory
-    holds one tensor of one expert; owned experts alone are read.
+    holds one tensor of one expert, and pages of the file that the kernel can drop, at most a window of them. Owned
+    experts alone are read.
     """
     options = options or LoadOptions()
     scheme = scheme_of(model_type)
@@ -62,6 +63,8 @@ def load_checkpoint(
         prefix = _find_prefix(reader, scheme, blocks=found, options=options)
         form, stored = _choose_form(reader, scheme, blocks=found, prefix=prefix, form=options.form)
         problems = Problems(sorted({t.key for t in stored} - {*reader.files}), [], _misshapen(reader, stored))
+        if len(problems.missing) == len(stored):
+            problems.hint = f"The checkpoint has {shortened(reader.files) or 'no tensor'}; check the model type."
         rest = _sort_others(
             {*reader.files} - {t.key for t in stored},
             problems,
@@ -76,8 +79,8 @@ def load_checkpoint(
 
 def _find_prefix(reader: CheckpointReader, scheme: Scheme, *, blocks: Mapping[int, Block], options: LoadOptions) -> str:
     """What stands in front of the layers' numbers: the prefix under which most of the scheme's names exist."""
-    if options.prefix is not None or not blocks:
-        return options.prefix or scheme.layers
+    if options.prefix is not None:
+        return options.prefix
     ends = {
         f"{layer}.{rule.key.replace(EXPERT, str(min(block.experts, default=0)))}"
         for layer, block in blocks.items()
@@ -86,14 +89,14 @@ def _find_prefix(reader: CheckpointReader, scheme: Scheme, *, blocks: Mapping[in
     }
     votes = Counter(name.removesuffix(end) for name in reader.files for end in _suffixes(name) if end in ends)
     best = [prefix for prefix, count in votes.items() if count == max(votes.values())]
-    if len(best) == 1:
-        return best[0]
-    raise MoECheckpointError.of(
-        f"checkpoint {reader.path}",
-        expected=f"layers {', '.join(map(str, blocks))} with names of {scheme.types[0]}, under one prefix",
-        got=f"the prefixes {', '.join(sorted(best))}" if best else f"none among {shortened(reader.files) or 'none'}",
-        hint="Say which with LoadOptions(prefix=...)." if best else "Check the model type and the layers asked for.",
-    )
+    if len(best) > 1:
+        raise MoECheckpointError.of(
+            f"checkpoint {reader.path}",
+            expected=f"layers {', '.join(map(str, blocks))} with names of {scheme.types[0]} under one prefix",
+            got=f"the prefixes {', '.join(sorted(best))}",
+            hint="Say which with LoadOptions(prefix=...).",
+        )
+    return best[0] if best else scheme.layers
 
 
 def _suffixes(name: str) -> Iterator[str]:

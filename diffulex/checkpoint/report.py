@@ -28,11 +28,12 @@ def shortened(names: Iterable[str]) -> str:
 
 @dataclasses.dataclass
 class Problems:
-    """Names that are missing, unexpected or misshapen; the last with what was expected and what came."""
+    """Names that are missing, unexpected or misshapen; the last with what was expected and what came; what to do."""
 
     missing: list[str] = dataclasses.field(default_factory=list)
     unexpected: list[str] = dataclasses.field(default_factory=list)
     misshapen: dict[str, str] = dataclasses.field(default_factory=dict)
+    hint: str = ""
 
     def raise_if_any(self, where: str, *, form: str) -> None:
         """Raise one `MoECheckpointError` for all of them; its attributes hold every name."""
@@ -52,7 +53,7 @@ class Problems:
             f"checkpoint {where}",
             expected=f"the tensors of these MoE blocks in {form} form",
             got="; ".join(found),
-            hint=self._hint(),
+            hint=self.hint or self._hint(),
         )
         assert isinstance(error, MoECheckpointError)
         error.missing, error.unexpected, error.misshapen = tuple(self.missing), tuple(self.unexpected), misshapen
