@@ -20,7 +20,7 @@ Constants = dict[str, int | float | bool | str]
 
 _FEW_SLOTS = 8192  # one kernel up to here
 _LEAST_READ, _MOST_READ = 128, 4096  # ids a program of that kernel reads at a time
-_MOST_BINS = 2048  # experts, and one bin for the rest, that the two kernels count at once
+_LEAST_BINS, _MOST_BINS = 32, 2048  # experts that the two kernels count at once
 _MOST_PROGRAMS = 128
 _SORTED = 512  # slots a program sorts at a time
 _COUNTS_READ = 16384  # counts a program adds up at a time
@@ -89,11 +89,11 @@ def dispatch_schedule(slots: int, num_experts: int, *, top_k: int) -> DispatchSc
     Measured on one H200: up to 8,192 slots one launch beats two; beyond, each id is better read twice than E times.
     """
     problem: Constants = {"NUM_EXPERTS": num_experts, "TOP_K": top_k, "ACC_TYPE": "tl.int32"}
-    bins = _power_of_two(num_experts + 1)
+    bins = max(_LEAST_BINS, _power_of_two(num_experts))
     if slots <= _FEW_SLOTS or bins > _MOST_BINS:
         block = min(_MOST_READ, max(_LEAST_READ, _power_of_two(max(1, slots))))
         return DispatchSchedule(problem | {"BLOCK": block}, 4)
-    programs = min(_MOST_PROGRAMS, _power_of_two(-(-slots // _SORTED)))
+    programs = max(2, min(_MOST_PROGRAMS, _power_of_two(-(-slots // _SORTED))))
     rows = min(programs, _COUNTS_READ // bins)
     constants = {"BINS": bins, "PROGRAMS": programs, "BLOCK": _SORTED, "ROWS": rows}
     return DispatchSchedule(problem | constants, 4, programs)

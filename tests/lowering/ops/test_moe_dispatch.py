@@ -166,9 +166,9 @@ KERNEL_CASES = {
     "more_blocks_of_one_expert": (41, 5, 1, {"BLOCK": 16}),
     "two_kernels": (150, 4, 6, {"BLOCK": 64, "PROGRAMS": 8, "ROWS": 4}),
     "two_kernels_no_tokens": (0, 4, 6, {"BLOCK": 16, "PROGRAMS": 2, "ROWS": 2}),
-    "two_kernels_one_program": (20, 3, 4, {"BLOCK": 16, "PROGRAMS": 1, "ROWS": 1}),
+    "two_kernels_short": (5, 3, 4, {"BLOCK": 16, "PROGRAMS": 2, "ROWS": 1}),
     "two_kernels_idle_programs": (9, 2, 3, {"BLOCK": 16, "PROGRAMS": 4, "ROWS": 2}),
-    "two_kernels_all_bins": (33, 2, 7, {"BLOCK": 16, "PROGRAMS": 2, "ROWS": 1}),
+    "two_kernels_all_bins": (33, 2, 8, {"BLOCK": 16, "PROGRAMS": 2, "ROWS": 1}),
 }
 
 
@@ -186,7 +186,7 @@ def run_kernel(ids, num_experts, changes):
     tensors = {"IDS": ids, "ORDER": order, "TOKEN": token, "OUT": offsets}
     if "PROGRAMS" in changes:
         programs = changes["PROGRAMS"]
-        constants["BINS"] = 1 << num_experts.bit_length()
+        constants["BINS"] = 1 << (num_experts - 1).bit_length()
         counts = torch.full((programs, constants["BINS"]), -7, dtype=torch.int32)
         after = run_template("moe_dispatch_count", {"IDS": ids, "OUT": counts}, constants, programs)
         after = run_template("moe_dispatch_place", tensors | {"COUNTS": after["OUT"]}, constants, programs)
