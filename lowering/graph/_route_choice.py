@@ -82,18 +82,18 @@ def read_choice(selected: Node) -> Choice:
     mask = _read_mask(selected)
     if mask is None:
         choice = peel_copies(selected)
-        return Choice(choice, *_without_bias(choice), None)
+        return Choice(choice, *without_bias(choice), None)
     choice = peel_views(mask.scores)
     require(has_shape(choice, tensor_of(selected).shape), "the masked scores are not a [T, E] matrix")
-    bias = _without_bias(choice)
+    bias = without_bias(choice)
     groups = _read_groups(mask, choice)
     # A mask that keeps every group has no effect.
     all_kept = groups.options["topk_group"] == groups.options["n_group"]
     return Choice(choice, *bias, None if all_kept else groups)
 
 
-def _without_bias(choice: Node) -> tuple[Node, Node | None]:
-    """Take `scores + bias` with bias [E] or [1, E] apart."""
+def without_bias(choice: Node) -> tuple[Node, Node | None]:
+    """Take `scores + bias` with scores [T, E] and bias [E] or [1, E], any float dtypes, apart."""
     if not is_op(choice, aten.add.Tensor):
         return choice, None
     require(arguments(choice)["alpha"] == 1, "the selection bias has a factor", code=ReasonCode.OPTION)

@@ -127,6 +127,53 @@ def sqrtsoftplus_bias(logits: Tensor, bias: Tensor) -> Routed:
     return _renormed(scores.gather(1, ids), 1e-20), ids
 
 
+def renorm_clamped(logits: Tensor, bias: Tensor) -> Routed:
+    weights, ids = torch.topk(_softmax(logits), K)
+    return weights / weights.sum(-1, keepdim=True).clamp(min=0.5), ids
+
+
+def scaled_per_expert(logits: Tensor, bias: Tensor) -> Routed:
+    weights, ids = torch.topk(_softmax(logits), K)
+    return _renormed(weights) * bias[ids], ids
+
+
+def bias_stays(logits: Tensor, bias: Tensor) -> Routed:
+    return torch.topk(_softmax(logits) + bias, K)
+
+
+def sigmoid_after_selection(logits: Tensor, bias: Tensor) -> Routed:
+    values, ids = torch.topk(logits, K)
+    return torch.sigmoid(values), ids
+
+
+def sigmoid_after_biased_selection(logits: Tensor, bias: Tensor) -> Routed:
+    logits = logits.float()
+    ids = torch.topk(logits + bias, K, dim=-1)[1]
+    return _renormed(logits.gather(1, ids).sigmoid()) * 2.5, ids
+
+
+def sigmoid_capped(logits: Tensor, bias: Tensor) -> Routed:
+    scores = torch.sigmoid(torch.tanh(logits.float() / 3.0) * 3.0)
+    ids = torch.topk(scores, K)[1]
+    return _renormed(scores.gather(1, ids)), ids
+
+
+def softmax_capped_after_selection(logits: Tensor, bias: Tensor) -> Routed:
+    values, ids = torch.topk(5.0 * (logits.float() / 5.0).tanh(), K)
+    return values.softmax(-1), ids
+
+
+def bias_stays_gathered(logits: Tensor, bias: Tensor) -> Routed:
+    biased = logits.float().sigmoid() + bias
+    ids = torch.topk(biased.masked_fill(~_group_mask(_top2(biased)).bool(), float("-inf")), K)[1]
+    return _renormed(biased.gather(1, ids), 0.5), ids
+
+
+def scaled_per_expert_and_by_two(logits: Tensor, bias: Tensor) -> Routed:
+    weights, ids = torch.topk(_softmax(logits), K)
+    return bias[ids] * (weights * 2.0), ids
+
+
 def _spec(score: str, *, renorm: bool = False, **options: float | int | str) -> RoutingSpec:
     return RoutingSpec(top_k=K, score=score, renorm=renorm, **options)  # type: ignore[arg-type]
 
@@ -136,8 +183,17 @@ MATCHED: dict[Router, RoutingSpec] = {
     softmax_topk_renorm: _spec("softmax", renorm=True),
     softmax_written_out: _spec("softmax", renorm=True),
     softmax_gathered: _spec("softmax", scale=0.5),
-    topk_softmax: _spec("softmax", renorm=True),
-    topk_softmax_gathered: _spec("softmax", renorm=True),
+    topk_softmax: _spec("softmax", renorm=True, select_on="logits"),
+    topk_softmax_gathered: _spec("softmax", renorm=True, select_on="logits"),
+    sigmoid_after_selection: _spec("sigmoid", select_on="logits"),
+    sigmoid_after_biased_selection: _spec("sigmoid", renorm=True, scale=2.5, select_on="logits"),
+    sigmoid_capped: _spec("sigmoid", renorm=True, softcap=3.0),
+    softmax_capped_after_selection: _spec("softmax", renorm=True, softcap=5.0, select_on="logits"),
+    renorm_clamped: _spec("softmax", renorm=True, eps=0.5, eps_mode="clamp_min"),
+    bias_stays: _spec("softmax", bias_in_weights=True),
+    bias_stays_gathered: _spec("sigmoid", bias_in_weights=True, renorm=True, eps=0.5, n_group=G, topk_group=2),
+    scaled_per_expert: _spec("softmax", renorm=True),
+    scaled_per_expert_and_by_two: _spec("softmax", scale=2.0),
     sigmoid_bias: _spec("sigmoid", renorm=True, eps=1e-6, scale=2.5),
     sigmoid_twice: _spec("sigmoid", scale=1.5),
     sigmoid_groups: _spec("sigmoid", renorm=True, eps=1e-20, scale=2.5, n_group=G, topk_group=2),
@@ -147,8 +203,12 @@ MATCHED: dict[Router, RoutingSpec] = {
     softmax_groups: _spec("softmax", scale=16.0, n_group=G, topk_group=2, group_score="max"),
     sqrtsoftplus_bias: _spec("sqrtsoftplus", renorm=True, eps=1e-20),
 }
+SCALED = {scaled_per_expert, scaled_per_expert_and_by_two}
 BIASED = {
     sigmoid_bias,
+    sigmoid_after_biased_selection,
+    bias_stays,
+    bias_stays_gathered,
     sigmoid_twice,
     sigmoid_groups,
     sigmoid_groups_in_three_dims,
@@ -199,6 +259,36 @@ def smallest(logits: Tensor, bias: Tensor) -> Routed:
     return torch.topk(_softmax(logits), K, largest=False)
 
 
+def renorm_clamped_from_above(logits: Tensor, bias: Tensor) -> Routed:
+    weights, ids = torch.topk(_softmax(logits), K)
+    return weights / weights.sum(-1, keepdim=True).clamp(min=0.1, max=0.5), ids
+
+
+def renorm_clamped_to_zero(logits: Tensor, bias: Tensor) -> Routed:
+    weights, ids = torch.topk(_softmax(logits) + bias, K)
+    return weights / weights.sum(-1, keepdim=True).clamp(min=0.0), ids
+
+
+def scaled_at_other_ids(logits: Tensor, bias: Tensor) -> Routed:
+    weights, ids = torch.topk(_softmax(logits), K)
+    return weights * bias[torch.topk(_softmax(logits) + bias, K)[1]], ids
+
+
+def bias_stays_masked(logits: Tensor, bias: Tensor) -> Routed:
+    biased = logits.float().sigmoid() + bias
+    return torch.topk(biased.masked_fill(~_group_mask(_top2(biased)).bool(), 0.0), K)
+
+
+def sigmoid_after_rounded_selection(logits: Tensor, bias: Tensor) -> Routed:
+    ids = torch.topk((logits + bias).bfloat16(), K)[1]
+    return logits.float().gather(1, ids).sigmoid(), ids
+
+
+def softmax_of_logits_without_their_bias(logits: Tensor, bias: Tensor) -> Routed:
+    ids = torch.topk(logits.float() + bias, K)[1]
+    return (logits.float() * 2).gather(1, ids).softmax(-1), ids
+
+
 def over_tokens(logits: Tensor, bias: Tensor) -> Routed:
     weights, ids = torch.topk(_softmax(logits), logits.shape[0], dim=0)
     return weights[:, :K], ids[:, :K]
@@ -239,11 +329,6 @@ def renorm_by_maximum(logits: Tensor, bias: Tensor) -> Routed:
     return weights / weights.amax(-1, keepdim=True), ids
 
 
-def renorm_clamped(logits: Tensor, bias: Tensor) -> Routed:
-    weights, ids = torch.topk(_softmax(logits), K)
-    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-12), ids
-
-
 def renorm_with_tensor_eps(logits: Tensor, bias: Tensor) -> Routed:
     weights, ids = torch.topk(_softmax(logits), K)
     return weights / (weights.sum(-1, keepdim=True) + bias[:1]), ids
@@ -259,11 +344,6 @@ def renorm_twice(logits: Tensor, bias: Tensor) -> Routed:
     return _renormed(values.softmax(-1), 0.5), ids
 
 
-def scaled_per_expert(logits: Tensor, bias: Tensor) -> Routed:
-    weights, ids = torch.topk(_softmax(logits), K)
-    return _renormed(weights) * bias[ids], ids
-
-
 def scaled_per_slot(logits: Tensor, bias: Tensor) -> Routed:
     weights, ids = torch.topk(_softmax(logits), K)
     return weights * bias[:K], ids
@@ -272,10 +352,6 @@ def scaled_per_slot(logits: Tensor, bias: Tensor) -> Routed:
 def bias_after_gather(logits: Tensor, bias: Tensor) -> Routed:
     weights, ids = torch.topk(_softmax(logits), K)
     return weights + bias[ids], ids
-
-
-def bias_stays(logits: Tensor, bias: Tensor) -> Routed:
-    return torch.topk(_softmax(logits) + bias, K)
 
 
 def bias_with_factor(logits: Tensor, bias: Tensor) -> Routed:
@@ -313,11 +389,6 @@ def softmax_of_gathered_rounded_logits(logits: Tensor, bias: Tensor) -> Routed:
     logits = logits.float() + bias
     ids = torch.topk(logits, K)[1]
     return logits.bfloat16().gather(1, ids).softmax(-1, dtype=torch.float32), ids
-
-
-def sigmoid_after_selection(logits: Tensor, bias: Tensor) -> Routed:
-    values, ids = torch.topk(logits, K)
-    return torch.sigmoid(values), ids
 
 
 def rounded_scores(logits: Tensor, bias: Tensor) -> Routed:
@@ -416,18 +487,21 @@ REFUSED: dict[Router, tuple[ReasonCode, str]] = {
     softplus_of_other_threshold: (ReasonCode.STRUCTURE, "made on aten.sqrt.default"),
     smallest: (ReasonCode.OPTION, "smallest"),
     ids_of_other_selection: (ReasonCode.STRUCTURE, "the weights come from"),
+    renorm_clamped_from_above: (ReasonCode.STRUCTURE, "something else than their sum"),
+    renorm_clamped_to_zero: (ReasonCode.OPTION, "not from below by a constant"),
+    scaled_at_other_ids: (ReasonCode.OPTION, "scaled by a tensor"),
+    bias_stays_masked: (ReasonCode.OPTION, "bias stays in the weights of masked"),
+    sigmoid_after_rounded_selection: (ReasonCode.STRUCTURE, "another tensor than the selection"),
+    softmax_of_logits_without_their_bias: (ReasonCode.STRUCTURE, "another tensor than the selection"),
     renorm_over_tokens: (ReasonCode.STRUCTURE, "something else than their sum"),
     renorm_by_all: (ReasonCode.STRUCTURE, "something else than their sum"),
     renorm_by_squares: (ReasonCode.STRUCTURE, "something else than their sum"),
     renorm_by_maximum: (ReasonCode.STRUCTURE, "something else than their sum"),
-    renorm_clamped: (ReasonCode.OPTION, "clamped"),
     renorm_with_tensor_eps: (ReasonCode.OPTION, "added to the sum"),
     renorm_of_scaled: (ReasonCode.STRUCTURE, "division of aten.mul.Tensor"),
     renorm_twice: (ReasonCode.OPTION, "normalised again"),
-    scaled_per_expert: (ReasonCode.OPTION, "scaled by a tensor"),
     scaled_per_slot: (ReasonCode.OPTION, "scaled by a tensor"),
     bias_after_gather: (ReasonCode.STRUCTURE, "the weights come from aten.add.Tensor"),
-    bias_stays: (ReasonCode.OPTION, "bias stays in the weights"),
     bias_with_factor: (ReasonCode.OPTION, "has a factor"),
     gathered_from_other_scores: (ReasonCode.STRUCTURE, "gathered from another tensor"),
     gathered_at_other_ids: (ReasonCode.STRUCTURE, "the weights come from aten.gather"),
@@ -435,7 +509,6 @@ REFUSED: dict[Router, tuple[ReasonCode, str]] = {
     softmax_of_other_logits: (ReasonCode.STRUCTURE, "picked from another tensor"),
     softmax_of_rounded_logits: (ReasonCode.STRUCTURE, "the weights come from"),
     softmax_of_gathered_rounded_logits: (ReasonCode.STRUCTURE, "picked from another tensor"),
-    sigmoid_after_selection: (ReasonCode.OPTION, "sigmoid after the selection"),
     rounded_scores: (ReasonCode.DTYPE, "torch.bfloat16"),
     rounded_then_widened_scores: (ReasonCode.DTYPE, "rounded to 16 bits"),
     double_scores: (ReasonCode.DTYPE, "torch.float64"),

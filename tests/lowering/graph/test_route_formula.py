@@ -3,6 +3,7 @@ import torch
 
 from lowering.graph.dataflow import MatchError, aten
 from lowering.graph.route_formula import match_formula
+from lowering.spec import RoutingSpec
 from tests.support.graphs import calls, trace
 from tests.support.routers import BIASED, MATCHED, REFUSED, E, K, T
 
@@ -66,3 +67,13 @@ def test_sums_over_tokens_are_refused_where_every_shape_fits(router, tokens):
 def test_logits_that_the_model_rounds_stay_rounded():
     found, logits, _ = formula(lambda logits, bias: torch.topk(logits.bfloat16().float().softmax(-1), K))
     assert found.logits is not logits and found.logits.args == (logits, torch.bfloat16)
+
+
+def test_a_bias_of_the_logits_is_none_of_the_selection():
+    def router(logits, bias):
+        values, ids = torch.topk(logits.float() + bias, K)
+        return values.softmax(-1), ids
+
+    found, logits, bias = formula(router)
+    assert found.bias is None and found.logits.args == (logits, bias)
+    assert found.spec == RoutingSpec(K, select_on="logits")

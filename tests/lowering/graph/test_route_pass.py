@@ -17,7 +17,7 @@ from tests.support import routers
 from tests.support.graphs import applied, backend_with, calls, no_pass, trace
 from tests.support.models import FAMILIES, TINY, build_model, token_ids
 from tests.support.oracle import assert_oracle_ratio
-from tests.support.routers import BIASED, MATCHED, REFUSED, REFUSED_IDS, E, K, T
+from tests.support.routers import BIASED, MATCHED, REFUSED, REFUSED_IDS, SCALED, E, K, T
 
 moe = torch.ops.diffulex
 H, WIDTH = 8, 8
@@ -74,9 +74,9 @@ def assert_same_routing(router, spec, args, outputs):
     assert ids.dtype == ids_eager.dtype and weights.dtype == weights_eager.dtype
     assert torch.equal(ids.sort(-1).values, ids_eager.sort(-1).values)
     bias = args[4] if router in BIASED else None
-    oracle = dense(
-        *(t.long() if t.dtype == torch.int32 else t for t in moe_route_reference(args[3], spec, bias_E=bias))
-    )
+    scale = args[4] if router in SCALED else None
+    weights_exact, ids_exact = moe_route_reference(args[3], spec, bias_E=bias, per_expert_scale_E=scale)
+    oracle = dense(weights_exact, ids_exact.long())
     assert_oracle_ratio(dense(weights, ids), dense(weights_eager, ids_eager), oracle, what="weights")
     out_exact = block(lambda *_: (oracle.gather(1, ids), ids))(*(arg.double() for arg in args))[0]
     assert_oracle_ratio(out, out_eager, out_exact)
@@ -287,7 +287,7 @@ SPECS = {
     "mixtral": RoutingSpec(2, "softmax", renorm=True),
     "olmoe": RoutingSpec(2, "softmax", renorm=False),
     "deepseek_v3": RoutingSpec(2, "sigmoid", n_group=4, topk_group=2, renorm=True, eps=1e-20, scale=2.5),
-    "gpt_oss": RoutingSpec(2, "softmax", renorm=True),
+    "gpt_oss": RoutingSpec(2, "softmax", select_on="logits"),
 }
 
 
