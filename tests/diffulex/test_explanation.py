@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -73,6 +74,12 @@ def test_a_model_that_is_captured():
         ]
         assert all("NOT_CUDA" in kernel for kernel in layer.kernels)
         assert layer.reason is None
+
+
+def test_reports_are_public_and_their_module_is_not_hidden():
+    module = importlib.import_module("diffulex.explanation")
+    assert (diffulex.Report, diffulex.LayerReport, diffulex.explain) == (Report, LayerReport, module.explain)
+    assert diffulex.explanation is module
 
 
 def test_it_reads_as_text_and_as_json():

@@ -195,6 +195,14 @@ def test_exported_programs_hold_the_ops():
         torch.testing.assert_close(program.module()(*shorter), case.module(*shorter))
 
 
+def test_programs_exported_while_switched_off_are_stock():
+    """They load without diffulex."""
+    case = make_case(WIDE.replace(dtype=torch.float32), registered("grouped_mm"))
+    with diffulex.disabled():
+        program = torch.export.export(case.module, case.inputs)
+    assert not [node for node in program.graph.nodes if "diffulex" in str(node.target)]
+
+
 def test_disabled_restores_the_stock_graph_and_back():
     case = make_case(WIDE.replace(dtype=torch.float32), registered("grouped_mm"))
     unwrapped = make_case(WIDE.replace(dtype=torch.float32), stock_function("grouped_mm"))

@@ -1,0 +1,56 @@
+"""What the README shows is what happens."""
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+import diffulex
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def example(part):
+    """The one Python example with `part` in it."""
+    (found,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if part in block]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_the_stock_model_is_compiled_without_diffulex(monkeypatch):
+    seen = []
+
+    def backend(graph, _inputs):
+        seen.append(diffulex.is_enabled())
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    given = {"torch": torch, "diffulex": diffulex, "model": torch.nn.Linear(2, 2), "inputs": (torch.ones(1, 2),)}
+    exec(example("diffulex.disabled()"), given)
+    given["stock"](*given["inputs"])  # outside the block it is a model like any other
+    assert seen == [False, True]
+
+
+def test_layers_are_built_and_loaded(monkeypatch):
+    config = AutoConfig.for_model(
+        "qwen3_moe", hidden_size=8, moe_intermediate_size=4, num_experts=4, num_experts_per_tok=2
+    )
+    loaded = []
+    monkeypatch.setattr(
+        "diffulex.checkpoint.load_checkpoint", lambda blocks, folder, *, model_type: loaded.append((blocks, model_type))
+    )
+    hidden = torch.zeros(1, 3, 8)
+    given = {"config": config, "layer_idx": 0, "dense_mlp": None, "hidden_states": hidden, "folder": "folder"}
+    exec(example("build_mlp_or_moe"), given)
+    assert given["hidden_states"].shape == hidden.shape and given["router_logits"].shape == (3, 4)
+    assert loaded == [({0: given["layer"]}, "qwen3_moe")]
+    assert given["get_num_experts"](config) == 4
