@@ -82,7 +82,9 @@ SPECS: dict[str, MoESpec] = {
 
 
 def widened(spec: MoESpec, *, hidden: int = 64, width: int = 40) -> MoESpec:
-    """The layer with sizes for which the two norms of the ratio rule mean something; not for latent experts."""
+    """The layer with sizes for which the two norms of the ratio rule mean something; latent experts stay small."""
+    if spec.experts.latent_size is not None:
+        return spec
     experts = dataclasses.replace(spec.experts, hidden_size=hidden, intermediate_size=width)
     shared = spec.shared and dataclasses.replace(spec.shared, width=width)
     return dataclasses.replace(spec, hidden_size=hidden, experts=experts, shared=shared)
@@ -179,10 +181,11 @@ class LayerInputs:
     hidden_TH: Tensor
     given: dict[str, Tensor]
 
-    def to(self, dtype: torch.dtype) -> LayerInputs:
-        """The same values in a floating dtype; ids stay."""
-        given = {name: t.to(dtype) if t.is_floating_point() else t for name, t in self.given.items()}
-        return LayerInputs(self.hidden_TH.to(dtype), given)
+    def to(self, where: torch.dtype | str) -> LayerInputs:
+        """The same values in a floating dtype, where ids stay as they are, or on a device."""
+        integers_stay = isinstance(where, torch.dtype)
+        given = {n: t if integers_stay and not t.is_floating_point() else t.to(where) for n, t in self.given.items()}
+        return LayerInputs(self.hidden_TH.to(where), given)
 
 
 def make_inputs(spec: MoESpec, tokens: int, *, seed: int = 0, given: tuple[str, ...] = ()) -> LayerInputs:
@@ -202,9 +205,13 @@ def make_inputs(spec: MoESpec, tokens: int, *, seed: int = 0, given: tuple[str, 
 
 
 def layer_oracle(layer: FusedMoE, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
-    """Result [T, H] and logits [T, C] in fp64 of a layer in eval mode, written from its spec: one token at a time."""
+    """Result [T, H] and logits [T, C] in fp64 of a layer in eval mode, written from its spec: one token at a time.
+
+    On the CPU, wherever the layer is.
+    """
     spec, routing = layer.spec, layer.spec.routing
-    p = {name: tensor.double() for name, tensor in layer.named_parameters()}
+    p = {name: tensor.cpu().double() for name, tensor in layer.named_parameters()}
+    inputs = inputs.to("cpu")
     hidden_TH = inputs.hidden_TH.double()
     logits_TC = inputs.given.get("router_logits")
     if logits_TC is None:

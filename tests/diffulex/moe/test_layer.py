@@ -21,8 +21,8 @@ from lowering.errors import (
 )
 from lowering.settings import Settings
 from lowering.spec import RoutingSpec
-from tests.support.inputs import LOW_DTYPES, BlockInputs
-from tests.support.moe_layers import SPECS, layer_oracle, make_inputs, make_layer, moe_specs, swiglu_experts
+from tests.support.inputs import DEVICES, LOW_DTYPES, BlockInputs
+from tests.support.moe_layers import SPECS, layer_oracle, make_inputs, make_layer, moe_specs, swiglu_experts, widened
 from tests.support.oracle import assert_near_exact, assert_oracle_ratio, random_like
 
 GIVEN = st.sets(st.sampled_from(["router_input", "router_logits", "topk_ids"])).map(lambda names: tuple(sorted(names)))
@@ -62,14 +62,15 @@ def test_gradients_equal_those_of_the_oracle(spec, tokens, names, impl, seed):
     assert_near_exact(together, oracle, what=", ".join(found))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", ["triton", "naive"])
 @pytest.mark.parametrize("name", SPECS)
-def test_named_forms_equal_the_oracle(name, impl):
-    layer = make_layer(SPECS[name], impl)
+def test_named_forms_equal_the_oracle(name, impl, device):
+    layer = make_layer(SPECS[name], impl).to(device)
     for tokens in (0, 1, 9):
-        inputs = make_inputs(SPECS[name], tokens)
+        inputs = make_inputs(SPECS[name], tokens).to(device)
         with torch.no_grad():
-            assert_near_exact(layer(inputs.hidden_TH, **inputs.given)[0], layer_oracle(layer, inputs)[0])
+            assert_near_exact(layer(inputs.hidden_TH, **inputs.given)[0].cpu(), layer_oracle(layer, inputs)[0])
 
 
 def eager_experts(hidden_TH, weights_TK, ids_TK, *, experts):
@@ -78,13 +79,14 @@ def eager_experts(hidden_TH, weights_TK, ids_TK, *, experts):
     return block.eager()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", LOW_DTYPES, ids=str)
 @pytest.mark.parametrize("name", SPECS)
-def test_error_ratio(name, dtype):
+def test_error_ratio(name, dtype, device):
     """Ids and logits are given, so that a near tie does not send a token elsewhere in the fp64 copy."""
-    spec = SPECS[name]
-    layer = make_layer(spec, dtype=dtype)
-    inputs = make_inputs(spec, 33).to(dtype)
+    spec = widened(SPECS[name])
+    layer = make_layer(spec, dtype=dtype).to(device)
+    inputs = make_inputs(spec, 33).to(dtype).to(device)
     with torch.no_grad():
         logits, ids = (inputs.given.get(name) for name in ("router_logits", "topk_ids"))
         chosen = layer.route(inputs.hidden_TH, logits=logits, ids=ids)
@@ -97,7 +99,7 @@ def test_error_ratio(name, dtype):
         eager = stock(inputs.hidden_TH, **inputs.given)[0]
         oracle = layer_oracle(layer, inputs.to(torch.float64))[0]
     assert ours.dtype == dtype
-    assert_oracle_ratio(ours, eager, oracle)
+    assert_oracle_ratio(ours.cpu(), eager.cpu(), oracle)
 
 
 def test_logits_in_fp32_where_the_spec_says_so():

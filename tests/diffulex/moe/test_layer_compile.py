@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 import diffulex
 from diffulex.moe import metadata
 from lowering.settings import Settings
+from tests.support.inputs import DEVICES
 from tests.support.moe_layers import SPECS, layer_oracle, make_inputs, make_layer, widened
 from tests.support.oracle import assert_near_exact, assert_oracle_ratio
 
@@ -115,9 +116,28 @@ def test_exports_with_symbolic_tokens(name):
             assert_near_exact(program.module()(hidden)[0], layer(hidden)[0])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["deepseek_v3", "longcat", "weight_on_input"])
-def test_explain_sees_the_layer(name):
-    layer, inputs = make_layer(SPECS[name], dtype=torch.float32), make_inputs(SPECS[name], 9).to(torch.float32)
-    report = diffulex.explain(torch.nn.Sequential(layer), inputs.hidden_TH)
+def test_explain_sees_the_layer(name, device):
+    spec = widened(SPECS[name])
+    layer, inputs = make_layer(spec, dtype=torch.bfloat16).to(device), make_inputs(spec, 9).to(torch.bfloat16)
+    report = diffulex.explain(torch.nn.Sequential(layer), inputs.hidden_TH.to(device))
     assert report.all_captured, str(report)
     assert (report.graphs, report.breaks, len(report.layers)) == (1, 0, 1)
+    assert report.layers[0].backend == ("generated Triton" if device == "cuda" else "the ops' own kernels")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SPECS)
+def test_generated_kernels(name):
+    """Every form on the GPU, bf16, compiled; ids are given, so that a near tie sends no token elsewhere."""
+    spec = widened(SPECS[name])
+    layer = make_layer(spec, dtype=torch.bfloat16).cuda()
+    compiled = torch.compile(layer, fullgraph=True)
+    for tokens in (0, 1, 33, 129):
+        inputs = make_inputs(spec, tokens, seed=tokens, given=("router_logits", "topk_ids")).to(torch.bfloat16)
+        inputs = inputs.to("cuda")
+        with torch.no_grad():
+            ours, eager = (f(inputs.hidden_TH, **inputs.given)[0].cpu() for f in (compiled, layer))
+            wanted = layer_oracle(layer, inputs.to(torch.float64))[0]
+        assert_oracle_ratio(ours, eager, wanted, what=f"{tokens} tokens")
