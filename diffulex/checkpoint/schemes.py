@@ -123,9 +123,9 @@ SCHEMES = (
     _scheme("olmoe flex_olmo mellum", *_QWEN),
     _scheme("qwen3_vl_moe qwen3_vl_moe_text", _gate() + _fused(), _gate() + _fused(form="transposed")),
     _scheme(
-        "deepseek_v2 deepseek_v3 deepseek_v32 deepseek_ocr2 deepseek_ocr2_text dots1 dots3_note_text glm4_moe"
-        " glm4_moe_lite glm4v_moe glm4v_moe_text glm5_next glm5_next_text glm_moe_dsa solar_open mistral4 mimo_v2_flash"
-        " cohere2_moe axk2 kimi_k25 unlimited_ocr_text bailing_moe",
+        "deepseek_v2 deepseek_v3 deepseek_v32 deepseek_ocr2 deepseek_ocr2_text dots1 dots3_note dots3_note_text"
+        " glm4_moe glm4_moe_lite glm4v_moe glm4v_moe_text glm5_next glm5_next_text glm_moe_dsa solar_open mistral4"
+        " mimo_v2_flash cohere2_moe axk2 kimi_k25 unlimited_ocr unlimited_ocr_text",
         _gate() + _fused() + _shared(),
         _gate() + _split() + _shared(),
     ),
@@ -244,6 +244,12 @@ SCHEMES = (
             Rule("mixer.experts.{e}.up_proj.weight", "w13"),
             Rule("mixer.experts.{e}.down_proj.weight", "w2"),
         ),
+    ),
+    _scheme(
+        "dots3_note_vision_encoder",
+        _MLP_BIAS + _fused(),
+        _gate("mlp.gate_weight", bias="mlp.router_bias") + _split(names="fc1 fc3 fc2"),
+        layers="blocks.",
     ),
     _scheme("gemma4 gemma4_text diffusion_gemma diffusion_gemma_text", _GEMMA),
     _scheme(

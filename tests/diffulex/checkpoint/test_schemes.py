@@ -12,6 +12,7 @@ from torch import Tensor
 from diffulex.checkpoint.block import Block, stored_tensors
 from diffulex.checkpoint.rules import EXPERT_PARAMETERS, FORMS, PARTS, Rule
 from diffulex.checkpoint.schemes import SCHEMES, Scheme, scheme_of
+from diffulex.moe.config._families import FAMILIES
 from lowering.errors import MoEOptionError
 from tests.support.catalogue import raises_catalogue
 from tests.support.families import FamilyCase, build_config, build_meta_model, found_blocks, installed_cases
@@ -83,6 +84,21 @@ def test_a_model_type_has_one_scheme():
     types = [name for scheme in SCHEMES for name in scheme.types]
     assert len({*types}) == len(types)
     assert all(scheme_of(name) is scheme for scheme in SCHEMES for name in scheme.types)
+
+
+def test_every_family_that_configs_are_read_for_has_a_row():
+    known = {name for scheme in SCHEMES for name in scheme.types}
+    assert {*FAMILIES} - known == {*WITHOUT}
+
+
+def test_wrappers_are_called_like_the_models_in_them():
+    """A config's own model type will do, whether it is the language model's or the one around it."""
+    from transformers import CONFIG_MAPPING
+
+    known = {name for scheme in SCHEMES for name in scheme.types}
+    for name, kind in CONFIG_MAPPING.items():
+        inner = {getattr(sub, "model_type", "") for sub in (kind.sub_configs or {}).values()} & known
+        assert not inner or name in known, (name, inner)
 
 
 def test_an_unknown_model_type_is_refused_with_the_known_ones():
