@@ -166,8 +166,9 @@ def _is_picked_per_expert(node: Any, topk: Node) -> bool:
     node = peel_casts(node)
     if not is_op(node, aten.index.Tensor):
         return False
-    vector, indices = node.args
-    return tensor_of(vector).dim() == 1 and len(indices) == 1 and is_output(peel_casts(indices[0]), topk, index=1)
+    given = arguments(node)
+    (ids, *others), is_vector = given["indices"], tensor_of(given["self"]).dim() == 1
+    return is_vector and not others and is_output(peel_casts(ids), topk, index=1)
 
 
 def _is_runtime_number(node: Any) -> bool:

@@ -180,16 +180,20 @@ def _flag(facts: Facts, value: bool | str) -> bool:
     return bool(_number(facts, value)) if isinstance(value, str) else value
 
 
+_AS_IN_THE_ROW = (
+    *("select_on", "score_dtype", "logits_dtype", "weight_dtype", "null"),
+    *("per_expert_scale", "global_scale", "logits_given", "apply_weight_on"),
+)
+
+
 def _around(facts: Facts, router: Router, score: str) -> dict[str, Any]:
     """The fields of `RoutingSpec` that a row of `ROUTERS` gives."""
     select_bias = score == "sigmoid" if router.select_bias is None else _flag(facts, router.select_bias)
     kinds = facts.get(("mlp_layer_types",)) if router.hash_type else None
     hashed = bool(kinds) and facts.of_layer(kinds, what="the kind of an MLP") == router.hash_type
     null = router.num_null
-    names = ("select_on", "score_dtype", "logits_dtype", "weight_dtype", "null", "per_expert_scale", "global_scale")
-    names += ("logits_given", "apply_weight_on")
     return {
-        **{name: getattr(router, name) for name in names},
+        **{name: getattr(router, name) for name in _AS_IN_THE_ROW},
         "select_bias": select_bias and not hashed,
         "ids_given": hashed,
         "bias_in_weights": bool(router.bias_in_weights) and _flag(facts, router.bias_in_weights),
