@@ -110,7 +110,10 @@ _ZAYA_ROUTER = tuple(
         *("router_mlp.fc2.weight", "router_mlp.fc2.bias", "router_mlp.out_proj.weight"),
     )
 )
-_LONGCAT = _gate("mlp.router.classifier.weight", bias="mlp.router.e_score_correction_bias")
+_LONGCAT = (
+    *_gate("mlp.router.classifier.weight", bias="mlp.router.e_score_correction_bias"),
+    Rule("mlp.router.classifier.bias", ""),  # made where `router_bias` says so, and not read
+)
 _DEEPSEEK_V4 = (Rule("mlp.gate.tid2eid", ""),)
 _AXK1 = (Rule("mlp.post_mlp_layernorm.weight", ""),)
 
