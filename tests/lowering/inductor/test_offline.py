@@ -10,7 +10,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lowering.errors import MoEOptionError, MoEUnsupportedError
-from lowering.inductor.offline import OfflineCode, OfflineKernel, _fresh_caller, compile_kernels, offline_source
+from lowering.inductor.fresh import fresh_caller
+from lowering.inductor.offline import OfflineCode, OfflineKernel, compile_kernels, offline_source
 from lowering.state import disabled
 from tests.lowering.inductor.test_fake_device import changed, snapshot
 from tests.support.interpreter import InterpreterError, interpreter
@@ -230,7 +231,7 @@ def compile_kernels_log(log):
 def test_real_compiles_in_the_same_process_are_undisturbed():
     args = factors(12, 16, 32, torch.float32)
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(_fresh_caller(scaled), backend=counter)
+    compiled = torch.compile(fresh_caller(scaled), backend=counter)
     compiled(*args)
     before, configuration = snapshot(), torch._inductor.config.save_config_portable()
     offline_source(scaled, args)
@@ -238,7 +239,7 @@ def test_real_compiles_in_the_same_process_are_undisturbed():
     assert torch._inductor.config.save_config_portable() == configuration
     torch.testing.assert_close(compiled(*args), scaled(*args))
     assert counter.frame_count == 1
-    fresh = torch.compile(_fresh_caller(scaled))
+    fresh = torch.compile(fresh_caller(scaled))
     torch.testing.assert_close(fresh(*args), scaled(*args))
 
 
