@@ -114,7 +114,7 @@ ROUTERS: dict[str, Router] = {
     "llada_moe": _LLADA,
     "llada2_moe": _ALL_BIASED,
     "llama4_text": _but(_TOPK_FIRST, apply_weight_on="input"),
-    "longcat_flash": _but(_ALL_BIASED, logits_bias="router_bias", num_null="zero_expert_num"),
+    "longcat_flash": _but(_ALL_BIASED, num_null="zero_expert_num"),
     "mellum": _NOTHING,
     "mimo_v2_flash": _ALL_BIASED,
     "minimax": _but(_WEIGHTS, jitter="router_jitter_noise"),
