@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffulex.integrations import vllm as adapters
-from diffulex.moe import MoESpec, NaiveFusedMoE
+from diffulex.moe import MoESpec, NaiveFusedMoE, TopKOutput
 from lowering.errors import MoEDtypeError, MoEUnsupportedError
 from lowering.spec import ExpertSpec, RoutingSpec
 from tests.support import vllm_stub
@@ -106,6 +106,11 @@ def test_dtypes_and_token_counts(impl, tokens, dtype):
 def test_ids_outside_are_skipped_not_read_out_of_bounds(impl):
     ids = torch.tensor([[0, 5], [-1, 7], [4, 2**31 - 1]], dtype=torch.int32)
     check(make_spec(impl), tokens=3, topk_ids=ids)
+    layer, hidden = NaiveFusedMoE(make_spec(impl)), inputs(3)
+    ids = torch.tensor([[5, 6], [-1, 7], [-(2**31), 2**31 - 1]], dtype=torch.int32)
+    with torch.no_grad():
+        nothing = layer.mix(hidden, TopKOutput(torch.ones(3, 2), ids, hidden))
+    assert torch.equal(nothing, torch.zeros_like(hidden))
 
 
 @pytest.mark.usefixtures("stub")
@@ -124,6 +129,19 @@ def test_the_modular_kernel_is_built_once_for_a_dtype():
         assert vllm_stub.FusedMoEKernel.built == 1
         layer.bfloat16()(inputs(3, torch.bfloat16))
     assert vllm_stub.FusedMoEKernel.built == 2
+
+
+@pytest.mark.usefixtures("stub")
+@pytest.mark.parametrize("name", ["b13", "b2"])
+def test_a_replaced_bias_is_the_one_that_counts(name):
+    layer, ops_layer, _ = layers(make_spec("vllm_modular", bias=True))
+    with torch.no_grad():
+        before = layer(inputs())[0]
+        for one in (layer, ops_layer):
+            setattr(one, name, torch.nn.Parameter(torch.ones_like(getattr(one, name))))
+        after = layer(inputs())[0]
+        torch.testing.assert_close(after, ops_layer(inputs())[0])
+    assert not torch.equal(after, before)
 
 
 # --- refusals: each says what is wrong, none falls back ---------------------------------------------------------------

@@ -110,6 +110,16 @@ def test_plain_configs(kind):
     assert build_moe_block("naive", config, 1)(torch.zeros(3, 16))[0].shape == (3, 16)
 
 
+def test_layers_of_different_sizes():
+    config = {
+        **PLAIN,
+        "decoder_sparse_step": 1,
+        "per_layer_config": {2: {"num_experts": 6, "moe_intermediate_size": 3}},
+    }
+    sizes = {index: tuple(layer.w2.shape) for index, layer in built_layers(config, 4).items()}
+    assert sizes == {0: (4, 16, 8), 1: (4, 16, 8), 2: (6, 16, 3)}
+
+
 def test_the_dense_factory_is_called_for_dense_layers_alone():
     calls = []
     made = [build_mlp_or_moe(PLAIN, index, lambda: calls.append("dense") or torch.nn.Identity()) for index in range(4)]
@@ -122,6 +132,8 @@ def test_options():
     assert (layer.moe_gemm_impl, layer.w13.dtype, layer.w13.device.type) == ("naive", torch.bfloat16, "meta")
     assert build_moe_block("naive", {**PLAIN, "moe_gemm_impl": "naive"}, 1).moe_gemm_impl == "naive"
     wrapped = {"model_type": "wrapper", "moe_gemm_impl": "naive", "text_config": PLAIN}
+    assert get_moe_spec(wrapped, 1).moe_gemm_impl == "naive"
+    wrapped = {"model_type": "wrapper", "text_config": {**PLAIN, "moe_gemm_impl": "naive"}}
     assert get_moe_spec(wrapped, 1).moe_gemm_impl == "naive"
     assert get_moe_spec({**PLAIN, "moe_gemm_impl": None}, 1).moe_gemm_impl == "triton"
     assert get_moe_spec({**PLAIN, "moe_gemm_impl": "naive"}, 1, moe_gemm_impl="triton").moe_gemm_impl == "triton"

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffulex.moe import MoESpec, NaiveFusedMoE, SharedExpertMLP, SharedExpertSpec, metadata
+from diffulex.moe import MoESpec, NaiveFusedMoE, SharedExpertMLP, SharedExpertSpec, TopKOutput, metadata
 from diffulex.moe.layer.experts import WeightOnInput
 from lowering.errors import (
     MoEConfigError,
@@ -166,6 +166,16 @@ def test_jitter_is_for_training_and_multiplies_what_router_and_experts_read():
     )
     assert all(map(torch.equal, layer(hidden), clean))
     assert not torch.equal(clean[1], wanted[1])
+
+
+@pytest.mark.parametrize("impl", ["triton", "naive"])
+@pytest.mark.parametrize("name", ["mixtral", "longcat", "weight_on_input"])
+def test_ids_outside_contribute_nothing_whatever_their_weight(name, impl):
+    """As expert parallelism leaves them: the router of another rank weighed them."""
+    layer, hidden = make_layer(SPECS[name], impl), make_inputs(SPECS[name], 3).hidden_TH
+    ids = torch.tensor([-1, layer.router.num_candidates, 2**31 - 1]).int().unsqueeze(1).expand(3, layer.top_k)
+    nothing = layer.mix(hidden, TopKOutput(torch.ones(3, layer.top_k).double(), ids.contiguous(), hidden))
+    assert torch.equal(nothing, torch.zeros_like(hidden))
 
 
 def test_debug_mode_accepts_what_the_layer_makes(monkeypatch):
