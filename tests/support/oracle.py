@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffulex.cli.accuracy import compare_errors, mask_problem
-
 # fp64 has no wider oracle: results must agree to a few thousand roundings of the largest value.
 NEAR_EXACT = 1e-12
 
@@ -27,6 +25,8 @@ def _check_alike(ours: Tensor, other: Tensor, name: str) -> None:
 
 def assert_near_exact(ours: Tensor, oracle: Tensor, *, what: str = "output") -> None:
     """Two fp64 results of any shape agree to `NEAR_EXACT` of the largest magnitude, with equal NaN and inf masks."""
+    from diffulex.cli.accuracy import mask_problem  # here, not above: some tests begin without diffulex
+
     assert ours.dtype == oracle.dtype == torch.float64, f"{what}: {ours.dtype}, oracle in {oracle.dtype}"
     _check_alike(ours, oracle, "oracle")
     misplaced = mask_problem(ours, oracle)
@@ -43,6 +43,8 @@ def assert_oracle_ratio(ours: Tensor, eager: Tensor, oracle: Tensor, *, what: st
     ours and eager of one shape and dtype, oracle fp64. Mean error <= 1.1x, max error <= 2x + one rounding band of the
     dtype; 10x in both norms for fp32; near exact for fp64. Masks of NaN and infinities equal those of the oracle.
     """
+    from diffulex.cli.accuracy import compare_errors
+
     assert ours.dtype == eager.dtype, f"{what}: {ours.dtype}, eager made {eager.dtype}"
     assert oracle.dtype == torch.float64, f"{what}: the oracle is in {oracle.dtype}"
     _check_alike(ours, eager, "eager")
