@@ -106,7 +106,7 @@ def _norm_slope(raw_TW: Tensor, spec: RoutingSpec) -> Tensor:
     """d norm / d weight [T, W] of a p-norm: sign(w) (|w| / norm) ** (p - 1), and 0 at a weight of 0."""
     share_TW = raw_TW.abs() / norm_of(raw_TW, spec)
     share_TW = torch.where(raw_TW == 0, 1.0, share_TW).pow(spec.renorm - 1)
-    return torch.where(raw_TW == 0, 0.0, raw_TW.sign() * share_TW)
+    return raw_TW.sign() * share_TW
 
 
 def _spread(values_TW: Tensor, ids_TW: Tensor, num_columns: int, *, given: bool) -> Tensor:

@@ -126,6 +126,72 @@ def test_error_ratio(name, dtype):
     assert_oracle_ratio(weights, formula(logits, spec, ids), oracle)
 
 
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+def edge(spec, logits, bias=None, ids=None, scale=None, *, bias_dtype=torch.float32):
+    tensors = (
+        None if row is None else torch.tensor(row, dtype=dtype) for row, dtype in ((bias, bias_dtype), (scale, None))
+    )
+    bias, scale = tensors
+    return RoutingCase(spec, torch.tensor([logits]), bias, None if ids is None else torch.tensor([ids]), scale)
+
+
+HALF = 2.0**-9  # half a step of bfloat16 at 0.5
+EDGES = {
+    "infinite_scale_of_nobody": edge(RoutingSpec(2), [0.0] * 4, ids=[1, 9], scale=[math.inf, 1.0, 1.0, 1.0]),
+    "infinite_bias_of_nobody": edge(
+        RoutingSpec(2, bias_in_weights=True), [0.0] * 4, bias=[math.inf, 1.0, 1.0, 1.0], ids=[1, 9]
+    ),
+    # 0.5 + 0.504 rounds to 1, so the groups tie
+    "sums_of_groups_are_rounded": edge(
+        RoutingSpec(2, "sigmoid", 2, 1, score_dtype="bfloat16"), [0.0, 0.0, 0.015625, 0.0]
+    ),
+    "ties_round_to_even": edge(
+        RoutingSpec(2, "sigmoid", score_dtype="bfloat16"), [0.0, 0.0], bias=[0.0, HALF], bias_dtype=torch.bfloat16
+    ),
+    "a_bias_of_fp32_is_not_rounded": edge(
+        RoutingSpec(2, "sigmoid", score_dtype="bfloat16"), [0.0, 0.0], bias=[0.0, HALF]
+    ),
+    "logits_are_not_rounded": edge(
+        RoutingSpec(2, score_dtype="bfloat16", select_on="logits"), [1.0, 1.001], [0.0, 0.0], bias_dtype=torch.bfloat16
+    ),
+    "every_bit_of_nan": edge(RoutingSpec(2, "sigmoid", score_dtype="bfloat16"), [1.0, math.nan, 2.0]),
+    "powers_of_small_weights": edge(RoutingSpec(2, renorm=2.0), [0.0, -60.0, -61.0], ids=[1, 2]),
+    "high_powers_of_small_weights": edge(RoutingSpec(2, renorm=3.5), [0.0, -40.0, -41.0], ids=[1, 2]),
+    "infinite_weight": edge(RoutingSpec(2, "sqrtsoftplus", renorm=2.0), [math.inf, 1.0]),
+    "infinite_weight_of_another_power": edge(RoutingSpec(2, "sqrtsoftplus", renorm=0.5), [math.inf, 1.0]),
+    "three_shared_columns_under_a_cap": edge(
+        RoutingSpec(2, renorm=0.0, softcap=1.5, n_shared=3), [0.5, 1.0, -1.0, 0.0, 2.0, 1.0]
+    ),
+    "a_shared_column_has_no_bias": edge(
+        RoutingSpec(1, "sigmoid", renorm=0.0, bias_in_weights=True, n_shared=2), [1.0, 2.0, 3.0, 4.0], [8.0, 16.0]
+    ),
+    "small_logits_under_a_cap": edge(RoutingSpec(2, softcap=30.0, select_on="logits"), [1e-4, 1.001e-4]),
+    "large_logits_under_a_cap": edge(
+        RoutingSpec(5, "sigmoid", softcap=2.0, renorm=0.0), [math.inf, -math.inf, 1e30, 0.5, -0.5]
+    ),
+    "nothing_but_infinity": edge(RoutingSpec(2, n_shared=1), [-math.inf, -math.inf, -math.inf]),
+    "a_sum_below_the_least": edge(RoutingSpec(1, "sigmoid", eps=1e-3, eps_mode="clamp_min"), [-20.0, -21.0]),
+    "one_expert_without_division": edge(RoutingSpec(1, "sigmoid", renorm_if_k1=False), [1.0, 2.0]),
+    "one_expert": edge(RoutingSpec(1, "sigmoid", softcap=3.0, bias_in_weights=True), [1.0], bias=[2.0], scale=[0.5]),
+}
+EDGES["every_bit_of_nan"].logits.view(torch.int32)[0, 1] = 0x7FFFFFFF
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", EDGES)
+def test_edges(name, device):
+    weights, ids = EDGES[name].reference(torch.float64)
+    assert_same(EDGES[name].run(device), (weights.float(), ids), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_edges_of_the_kernel_in_the_interpreter(name):
+    weights, ids = EDGES[name].reference(torch.float64)
+    assert_same(run_kernel(EDGES[name]), (weights.float(), ids), rtol=1e-5)
+
+
 # --- named cases -----------------------------------------------------------------------------------------------------
 
 
@@ -444,9 +510,10 @@ def test_nan_stays_in_its_row_of_the_gradient():
         assert grad[2].isnan().any() and grad[[0, 1, 3]].isfinite().all()
 
 
-def test_the_slope_of_a_vanished_score_is_zero():
+@pytest.mark.parametrize("renorm", [1.0, 0.5])
+def test_the_slope_of_a_vanished_score_is_zero(renorm):
     logits = torch.tensor([[-200.0, 0.0, 1.0]], requires_grad=True)
-    weights, _ = route(logits, RoutingSpec(3, "sqrtsoftplus"))
+    weights, _ = route(logits, RoutingSpec(3, "sqrtsoftplus", renorm=renorm))
     (grad,) = torch.autograd.grad(weights.pow(2).sum(), logits)
     assert grad.isfinite().all() and grad[0, 0] == 0
 
