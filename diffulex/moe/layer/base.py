@@ -23,6 +23,7 @@ class FusedMoE(nn.Module, ABC):
     gate            `RouterGate`, None where the model computes the logits itself (`routing.logits_given`)
     router          `TopKRouter`
     latent_in/_out  linear layers around the routed experts alone, None without `experts.latent_size`
+    out_bias        [H], added to the sum of a token's experts, None without `experts.output_bias`
     shared_experts  `SharedExpertMLP` or None
     w13 [E, J, H], w2 [E, H, I], b13 [E, J] and b2 [E, H] or None: the experts held here, see `NaiveFusedMoE`
     """
@@ -31,6 +32,7 @@ class FusedMoE(nn.Module, ABC):
     w2: Tensor
     b13: Tensor | None
     b2: Tensor | None
+    out_bias: Tensor | None
 
     def __init__(
         self, spec: MoESpec, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -50,6 +52,8 @@ class FusedMoE(nn.Module, ABC):
         latent = spec.experts.latent_size
         self.latent_in = None if latent is None else nn.Linear(spec.hidden_size, latent, bias=False, **factory)
         self.latent_out = None if latent is None else nn.Linear(latent, spec.hidden_size, bias=False, **factory)
+        out_bias = nn.Parameter(torch.zeros(spec.hidden_size, **factory)) if spec.experts.output_bias else None
+        self.register_parameter("out_bias", out_bias)
         self.shared_experts = None
         if spec.shared is not None:
             act = spec.experts.act if spec.shared_act is None else spec.shared_act
@@ -90,7 +94,7 @@ class FusedMoE(nn.Module, ABC):
             hidden_TH, read_TH = hidden_TH * noise_TH, read_TH * noise_TH
         topk = self.route(read_TH, logits=router_logits, ids=topk_ids)
         out_TH = self.mix(hidden_TH, topk)
-        return out_TH.view(hidden_states.shape), topk.router_logits
+        return out_TH.reshape(hidden_states.shape), topk.router_logits
 
     def route(self, router_input: Tensor, *, logits: Tensor | None = None, ids: Tensor | None = None) -> TopKOutput:
         """The choice for router_input [..., H] floating, or for logits [..., C] floating; ids [..., K] int or None."""
@@ -119,6 +123,8 @@ class FusedMoE(nn.Module, ABC):
         out_TH = self.run_experts(inputs_TH, weights, ids)
         if self.latent_out is not None:
             out_TH = self.latent_out(out_TH)
+        if self.out_bias is not None:
+            out_TH = out_TH + self.out_bias
         if routing.num_null and routing.null == "identity":
             out_TH = out_TH + self._null_experts(hidden_TH, weights, ids)
         if self.shared_experts is not None:

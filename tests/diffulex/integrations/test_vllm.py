@@ -144,6 +144,23 @@ def test_a_replaced_bias_is_the_one_that_counts(name):
     assert not torch.equal(after, before)
 
 
+@pytest.mark.usefixtures("stub")
+@pytest.mark.parametrize("bias", [False, True])
+def test_fused_experts_stays_in_the_graph(bias):
+    """vLLM's function is an op; what the adapter does around it must not break the graph either."""
+    layer = NaiveFusedMoE(make_spec("vllm", bias=bias))
+
+    def an_op(*, hidden_states, topk_weights, topk_ids, expert_map, **rest):
+        return hidden_states * topk_weights.sum(1, keepdim=True) + expert_map[topk_ids.long()].sum(1, keepdim=True)
+
+    layer._run._fused_experts = an_op
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for tokens in (0, 1, 7, 12):
+            torch.testing.assert_close(compiled(inputs(tokens))[0], layer(inputs(tokens))[0])
+
+
 # --- refusals: each says what is wrong, none falls back ---------------------------------------------------------------
 
 
