@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
+from typing import Any
 
 from .source import PACKAGES, Source, functions, in_folders, parse, python_of_packages
 
@@ -114,7 +115,9 @@ def _forbidden(path: str, target: str, *, at_import: bool) -> str | None:
 def packaging(sources: Sequence[Source]) -> list[str]:
     """Imports of other projects that pyproject.toml does not declare, and folders of code without an __init__.py."""
     paths = {source.path for source in sources}
-    project = next((tomllib.loads(s.text)["project"] for s in sources if s.path == "pyproject.toml"), {})
+    project: dict[str, Any] = next(
+        (tomllib.loads(s.text)["project"] for s in sources if s.path == "pyproject.toml"), {}
+    )
     declared = {re.split(r"[^\w-]", line)[0] for line in project.get("dependencies", ())}
     known = sys.stdlib_module_names | declared | _OPTIONAL | set(PACKAGES)
     problems = []
