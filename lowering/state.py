@@ -27,8 +27,8 @@ def disabled() -> Iterator[None]:
             stock(*inputs)
 
     Code compiled outside and called inside is compiled again without the ops and passes, and the other way round; both
-    stay, so going back and forth compiles nothing more. The switch is off for the whole process while any thread is inside.
-    Models whose `experts_implementation` is "diffulex" ask for the ops by name and keep them.
+    stay, so going back and forth compiles nothing more. The switch is off for the whole process while any thread is
+    inside. Models whose `experts_implementation` is "diffulex" ask for the ops by name and keep them.
     """
     _open(1)
     try:
