@@ -280,8 +280,9 @@ def bias_stays_masked(logits: Tensor, bias: Tensor) -> Routed:
 
 
 def sigmoid_after_rounded_selection(logits: Tensor, bias: Tensor) -> Routed:
-    ids = torch.topk((logits + bias).bfloat16(), K)[1]
-    return logits.float().gather(1, ids).sigmoid(), ids
+    logits = logits.bfloat16()
+    ids = torch.topk(logits + bias.bfloat16(), K)[1]
+    return logits.gather(1, ids).float().sigmoid(), ids
 
 
 def softmax_of_logits_without_their_bias(logits: Tensor, bias: Tensor) -> Routed:
