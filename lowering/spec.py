@@ -203,6 +203,8 @@ class ExpertSpec:
     transposed   the stored weight is [E, in, out]; ops see the transposed view, so only strides change
     latent_size  the experts stand between two projections, from the model's hidden size to this one and back
                  (Nemotron-H); `hidden_size` is this size then, None for none
+    output_bias  one bias on the sum of a token's experts, whatever their weights (JetMoe); the layer around the ops
+                 adds it
     """
 
     num_experts: int
@@ -215,3 +217,4 @@ class ExpertSpec:
     transposed: bool = False
     dtype: str = "bfloat16"
     latent_size: int | None = None
+    output_bias: bool = False

@@ -1,8 +1,9 @@
 """One name in a checkpoint <-> one part of a parameter: the vocabulary that `schemes` is written in, and its algebra.
 
 Parameters of a MoE block: `gate.weight`, `gate.bias`, `router.*`, `w13` [E, J, H], `w2` [E, H, I], `b13` [E, J],
-`b2` [E, H], `latent_in.weight`, `latent_out.weight`, `shared_experts.*`. A rule says how one stored tensor maps onto
-one of them, and `pair` turns both into views of the same shape: loading copies one way, saving the other.
+`b2` [E, H], `out_bias` [H], `latent_in.weight`, `latent_out.weight`, `shared_experts.*`. A rule says how one stored
+tensor maps onto one of them, and `pair` turns both into views of the same shape: loading copies one way, saving the
+other.
 """
 
 from __future__ import annotations

@@ -283,6 +283,19 @@ SCHEMES = (
             Rule("mlp.shared_experts.shared_w2_weight", _DOWN, form="bank"),
         ),
     ),
+    _scheme(
+        "inkling2 inkling2_text",
+        _gate() + _fused(),
+        _gate(bias="mlp.gate.bias") + _fused(up="w13_weight", down="w2_weight", form="interleaved"),
+    ),
+    _scheme(
+        "jetmoe",
+        (
+            *_gate("mlp.router.layer.weight", bias=""),
+            *_fused("mlp.", up="input_linear.weight", down="output_linear.weight"),
+            Rule("mlp.bias", "out_bias"),
+        ),
+    ),
     _scheme("zaya", (Rule("mlp.gate.balancing_biases", "router.correction_bias"), *_fused(), *_ZAYA_ROUTER)),
     _scheme(
         "deepseek_v4",

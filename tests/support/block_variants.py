@@ -86,6 +86,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "hy_v3": ({"enable_moe_fp32_combine": True}, {"num_shared_experts": 2}),
     "hy_v4": ({"swiglu_limit": 0.5}, _GROUPS),
     "inkling_text": ({"n_shared_experts": 1, "num_experts_per_tok": 1}, {"n_shared_experts": 3}),
+    "inkling2_text": ({"mlp_gate_softcap": 0.7, "mlp_up_softcap": 1.5},),
     "kimi_linear": (_GROUPS, _NO_NORM),
     "kolibri1": (_NO_NORM,),
     "laguna": ({"moe_router_logit_softcapping": 0.5}, {"moe_routed_scaling_factor": 2.5}),

@@ -76,6 +76,7 @@ SPECS: dict[str, MoESpec] = {
     "laguna": MoESpec(8, RoutingSpec(2, "sigmoid", softcap=2.0, select_bias=True), _E8),
     "ernie": MoESpec(8, RoutingSpec(2, eps=0.5, eps_mode="clamp_min", select_bias=True), _E8),
     "step3p7": MoESpec(8, RoutingSpec(2, "sigmoid"), _E8, SharedExpertSpec(1, 6), "min(silu(g), 0.5) * u"),
+    "jetmoe": MoESpec(8, RoutingSpec(2, weight_dtype=None), dataclasses.replace(_E8, output_bias=True)),
     "one_expert": MoESpec(8, RoutingSpec(1), swiglu_experts(1)),
     "every_expert": MoESpec(8, RoutingSpec(8, "sqrtsoftplus"), _E8),
 }
@@ -146,6 +147,7 @@ def moe_specs(draw: st.DrawFn) -> MoESpec:
         bias=draw(st.booleans()),
         interleaved=draw(st.booleans()),
         latent_size=latent,
+        output_bias=draw(st.booleans()),
     )
     shared = shared_act = None
     if draw(st.booleans()):
@@ -228,6 +230,7 @@ def layer_oracle(layer: FusedMoE, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
     for token, hidden_H in enumerate(hidden_TH):
         weights_W, ids = weights_TW[token], ids_TW[token].tolist()
         row_H = _oracle_experts(spec, p, hidden_H, weights_W[: routing.top_k], ids[: routing.top_k])
+        row_H = row_H + p.get("out_bias", torch.zeros(1))
         if spec.shared is not None:
             row_H = row_H + _oracle_shared(spec, p, hidden_H, weights_W[routing.top_k :])
             row_H = row_H / 2 if spec.shared.combine == "average" else row_H

@@ -33,6 +33,7 @@ class Shared:
 
     clamp, limit   as in `Family`, where they are not those of the routed experts
     combine        attribute that says "sum" or "average"; "" means a sum
+    bias           attribute that says whether its linear layers have biases; "" means they have none
     """
 
     count: tuple[str, ...] | int = SHARED_COUNT
@@ -41,6 +42,7 @@ class Shared:
     clamp: str | None = None
     limit: str = ""
     combine: str = ""
+    bias: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,8 @@ class Family:
     group        "score fill" of `RoutingSpec`, "" where groups are not read
     group_if     (attribute, value): groups count only then
     act          attributes that name the activation, or the name itself
-    clamp        "" | "before" | "after" the activation, or "oai": (u + 1) * g * sigmoid(alpha * g), clamped
+    clamp        "" | "before" | "after" the activation, or "oai": (u + 1) * g * sigmoid(alpha * g), clamped, or
+                 "tanh": soft caps on g and u, but not on the g of the sigmoid (Inkling 2)
     limit        attribute of the clamp, a number or a list per layer
     routing, experts
                  what `RoutingSpec` or `ExpertSpec` cannot express, "" where it can
@@ -85,6 +88,7 @@ class Family:
     limit: str = "swiglu_limit"
     gated: bool = True
     bias: bool = False
+    output_bias: bool = False
     interleaved: bool = False
     transposed: bool = False
     shared: Shared | str | None = ""
@@ -95,6 +99,7 @@ class Family:
 _but = dataclasses.replace
 _CAPACITY = "experts of limited capacity that drop tokens"
 _ONE_SHARED = Shared(count=1)
+_MLP_BIAS = Shared(bias="mlp_bias")
 _GRANITE_SHARED = Shared(count=1, width=("shared_intermediate_size",))
 _SIGMOID_GATED = Shared(count=1, width=("shared_expert_intermediate_size",), gate="sigmoid")
 _INTERMEDIATE = ("intermediate_size",)
@@ -115,11 +120,12 @@ _DEEPSEEK_V2 = _but(
     eps=0.0,
     group="max 0",
     group_if=("topk_method", "group_limited_greedy"),
+    shared=_MLP_BIAS,
 )
 _SIGMOID = Family(score="sigmoid", norm=True)
 _GEMMA = _but(_MIXTRAL, width=("moe_intermediate_size",))
 _OAI = _but(_MIXTRAL, act="silu", clamp="oai", bias=True, transposed=True)
-_ERNIE = Family(score="softmax", norm=True, scale=(), shared=Shared())
+_ERNIE = Family(score="softmax", norm=True, scale=(), shared=Shared(bias="use_bias"))
 _LLADA = Family(
     width=("expert_intermediate_size",),
     score="softmax",
@@ -130,7 +136,7 @@ _LLADA = Family(
 
 FAMILIES: dict[str, Family] = {
     "afmoe": _but(_SIGMOID, placement="num_dense_layers", eps=1e-20, scale=("route_scale",), shared=Shared()),
-    "aria_text": _but(_MIXTRAL, act="silu", transposed=True, shared=Shared()),
+    "aria_text": _but(_MIXTRAL, act="silu", transposed=True, shared=_MLP_BIAS),
     "axk1": _DEEPSEEK,
     "axk2": _but(_DEEPSEEK, group="top2_sum 0"),
     "bailing_hybrid": _DEEPSEEK,
@@ -163,7 +169,7 @@ FAMILIES: dict[str, Family] = {
         eps=1e-20,
         placement="mlp_layer_types",
         clamp="before",
-        shared=_ONE_SHARED,
+        shared=_but(_ONE_SHARED, bias="mlp_bias"),
     ),
     "diffusion_gemma_text": _GEMMA,
     "doge": Family(
@@ -202,7 +208,7 @@ FAMILIES: dict[str, Family] = {
     "granitemoehybrid": _GRANITE,
     "granitemoeshared": _GRANITE,
     "hunyuan_v1_moe": _but(_MIXTRAL, shared=_ONE_SHARED),
-    "hy_v3": _but(_SIGMOID, placement="mlp_layer_types", eps=1e-20, scale=("router_scaling_factor",), shared=Shared()),
+    "hy_v3": _but(_SIGMOID, placement="mlp_layer_types", eps=1e-20, scale=("router_scaling_factor",), shared=_MLP_BIAS),
     "hy_v4": _but(_DEEPSEEK_TYPES, act="silu", clamp="before", shared=Shared(clamp="")),
     "inkling2_text": Family(
         placement="all",
@@ -210,8 +216,9 @@ FAMILIES: dict[str, Family] = {
         norm=True,
         eps=1e-20,
         scale=("route_scale",),
+        act="silu",
+        clamp="tanh",
         shared=None,
-        experts="soft caps on gate and up",
     ),
     "inkling_text": Family(
         placement="mlp_layer_types",
@@ -220,7 +227,7 @@ FAMILIES: dict[str, Family] = {
         shared=Shared(gate="router"),
     ),
     "jamba": _but(_MIXTRAL, placement="expert_layer_period", min_experts=2, norm=False),
-    "jetmoe": _but(_MIXTRAL, experts="a bias on the sum of all experts"),
+    "jetmoe": _but(_MIXTRAL, output_bias=True),
     "kimi_linear": _DEEPSEEK,
     "kolibri1": Family(
         placement="all",
@@ -304,7 +311,7 @@ FAMILIES: dict[str, Family] = {
         placement="layers_block_type",
         act=("mlp_hidden_act",),
         gated=False,
-        shared=Shared(count=1, width=("moe_shared_expert_intermediate_size",)),
+        shared=Shared(count=1, width=("moe_shared_expert_intermediate_size",), bias="mlp_bias"),
     ),
     "nllb-moe": Family(
         top_k=2,
@@ -336,7 +343,7 @@ FAMILIES: dict[str, Family] = {
         scale=("moe_router_scaling_factor",),
         clamp="after",
         limit="swiglu_limits",
-        shared=Shared(count=1, width=("share_expert_dim",), limit="swiglu_limits_shared"),
+        shared=Shared(count=1, width=("share_expert_dim",), limit="swiglu_limits_shared", bias="mlp_bias"),
     ),
     "switch_transformers": Family(
         top_k=1,

@@ -136,6 +136,8 @@ def shared_expert_act(facts: Facts) -> str:
     rule = facts.family.shared
     if not isinstance(rule, Shared):
         return _formula(facts)
+    biased = bool(rule.bias) and facts.get((rule.bias,)) not in (MISSING, None, False)
+    _refuse(facts, "biases on shared experts" if biased else "", spec="SharedExpertSpec")
     clamp = facts.family.clamp if rule.clamp is None else rule.clamp
     family = dataclasses.replace(facts.family, clamp=clamp, limit=rule.limit or facts.family.limit)
     return _formula(dataclasses.replace(facts, family=family))
@@ -239,6 +241,10 @@ def _formula(facts: Facts) -> str:
     if not family.gated:
         return "g" if act == IDENTITY else act
     act = "g" if act == IDENTITY else act
+    if family.clamp == "tanh":
+        caps = [float(facts.need((f"mlp_{half}_softcap",), what=f"the soft cap of {half}")) for half in ("gate", "up")]
+        gate, up = (f"{cap!r} * tanh({half} / {cap!r})" for half, cap in zip("gu", caps, strict=True))
+        return f"{gate} * sigmoid(g) * ({up})"
     limit = _limit(facts)
     if family.clamp == "oai":
         alpha = facts.get(("swiglu_alpha",))
@@ -277,6 +283,7 @@ def expert_spec(facts: Facts) -> ExpertSpec:
         act=_formula(facts),
         gated=family.gated,
         bias=family.bias,
+        output_bias=family.output_bias,
         interleaved=family.interleaved,
         transposed=family.transposed,
         **stated,

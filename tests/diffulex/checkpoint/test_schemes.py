@@ -21,7 +21,7 @@ PARAMETERS = {
     *EXPERT_PARAMETERS,
     *("gate.weight", "gate.bias", "gate.input_scale"),
     *("router.correction_bias", "router.per_expert_scale", "router.global_scale"),
-    *("latent_in.weight", "latent_out.weight"),
+    *("latent_in.weight", "latent_out.weight", "out_bias"),
     *(f"shared_experts.{name}.weight" for name in ("gate_up_proj", "down_proj", "gate")),
 }
 FORM_ROWS = [(scheme, form) for scheme in SCHEMES for form in scheme.forms]
@@ -29,8 +29,6 @@ FORM_ROWS = [(scheme, form) for scheme in SCHEMES for form in scheme.forms]
 WITHOUT = {
     "doge": "experts are rows of two embeddings",
     "ernie4_5_vl_moe_text": "two banks of experts in a layer",
-    "inkling2_text": "soft caps on gate and up",
-    "jetmoe": "a bias on the sum of all experts",
     "muse_spark_text": "a norm on the output of each expert",
     "nllb-moe": "experts that drop tokens",
     "switch_transformers": "experts that drop tokens",
