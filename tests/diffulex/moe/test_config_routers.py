@@ -190,6 +190,8 @@ def test_dtypes_are_those_of_the_router(case: FamilyCase) -> None:
     (_, config), spec, router = router_of(case, {}, torch.bfloat16)
     if case.model_type == "inkling2_text":
         router.weight.data = router.weight.data.float()  # stays in fp32 when the model is loaded
+    if case.model_type == "inkling_text" and "autocast" not in inspect.getsource(type(router)):
+        pytest.skip("this release of transformers routes in the dtype of the model")
     hidden_TH = torch.randn(TOKENS, config.hidden_size).bfloat16()
     with ScoreDtypes() as scores:
         logits_TC, outputs = routed(router, hidden_TH, logits_bias=spec.logits_bias)
