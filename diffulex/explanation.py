@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lowering.errors import Reason, ReasonCode
-from lowering.inductor.fresh import fresh_caller
+from lowering.inductor.fresh import fresh_backend, fresh_caller
 from lowering.report import Decision, collect
 from lowering.state import is_enabled
 
@@ -21,6 +21,7 @@ _GEMM_OPS = frozenset({"moe_expert_up", "moe_expert_down"})
 _LAYER_SUBJECTS = _GEMM_OPS | {"spine_pass"}
 # these work on the router, which is another child of the block that holds the experts
 _ROUTER_SUBJECTS = frozenset({"moe_route", "router_linear_pass"})
+_NO_LIMIT = 1 << 20  # frames behind graph breaks keep what earlier reports compiled of them
 INFERENCE, TRAINING = "inference (no_grad)", "training"
 
 
@@ -110,9 +111,11 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
 
     A model in eval mode is explained for inference, under `torch.no_grad`, one in train mode for training (unless
     inside `torch.no_grad`). Compiles afresh with caches off, so that every decision is seen; the model and earlier
-    compilations are untouched.
+    compilations are untouched. Where graphs break, what was compiled behind the breaks stays until
+    `torch._dynamo.reset()` and counts to Dynamo's recompile limit.
     """
-    from torch._dynamo.utils import counters  # here, not above: these load triton
+    from torch._dynamo import config as dynamo_config  # here, not above: these load triton
+    from torch._dynamo.utils import counters
     from torch._inductor import config as inductor_config
 
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
@@ -121,9 +124,10 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     with (
         torch.set_grad_enabled(training),
         inductor_config.patch(force_disable_caches=True),
+        dynamo_config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT),
         collect() as decisions,
     ):
-        torch.compile(fresh_caller(model))(*args, **kwargs)
+        torch.compile(fresh_caller(model), backend=fresh_backend())(*args, **kwargs)
     graphs, breaks = counters["stats"]["unique_graphs"] - graphs_before, counters["graph_break"] - breaks_before
     report = make_report(model, decisions, graphs=graphs, breaks=breaks.total(), break_reasons=tuple(breaks))
     return dataclasses.replace(report, mode=TRAINING if training else INFERENCE)

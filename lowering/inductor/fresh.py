@@ -21,3 +21,17 @@ def fresh_caller(target: Callable[..., Any]) -> Callable[..., Any]:
     # sizes that were seen to change are remembered by file, line and name
     caller.__code__ = caller.__code__.replace(co_name=f"caller_{next(_count)}")
     return caller
+
+
+def fresh_backend() -> Callable[..., Any]:
+    """Inductor as a backend of its own: Dynamo reuses no graph for it that another one compiled.
+
+    That matters where a graph breaks: frames inside have code objects that others compile too.
+    """
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(graph, inputs)
+
+    return backend

@@ -1,7 +1,6 @@
 """Reports say what was compiled: for models that run through the ops, and for those that do not, with the reason."""
 
 import dataclasses
-import functools
 import importlib
 import json
 from types import SimpleNamespace
@@ -104,9 +103,20 @@ def test_graph_breaks_are_counted_and_named():
     assert f"  break: {report.break_reasons[0]}" in str(report)
 
 
+def test_graphs_that_were_compiled_before_are_compiled_again():
+    """Behind a break, frames are those of the model itself, which Dynamo knows already."""
+    model = Model(breaks=True).eval()
+    with torch.no_grad():
+        torch.compile(model)(*model.inputs)
+    for _ in range(torch._dynamo.config.recompile_limit + 1):
+        report = explain(model)
+        assert report.all_captured, str(report)
+        assert report.graphs == 2
+
+
 def test_a_switched_off_compiler_is_seen(monkeypatch):
     """Dynamo's part alone: what stock Inductor would do with the graph takes long and leaves no decisions."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr("diffulex.explanation.fresh_backend", lambda: "eager")
     with diffulex.disabled():
         report = explain(Model())
     assert not report.all_captured
