@@ -27,7 +27,7 @@ _HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
 _OWN_SIZES: dict[str, dict[str, Any]] = {
     "dbrx": {"d_model": HIDDEN, "n_heads": 4},
     "deepseek_v4": {"vocab_size": 50},
-    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 16], **_HEADS},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 16], "head_dim": 128},
     "glm4_moe": _HEADS,
     "glm4v_moe_text": _HEADS,
     "longcat_flash": {"zero_expert_num": 8},
@@ -48,7 +48,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "afmoe": ({"route_scale": 2.0},),
     "aria_text": ({"moe_num_shared_experts": 1},),
     "axk1": (_NO_NORM,),
-    "axk2": (_GROUPS,),
+    "axk2": ({"n_group": 4, "topk_group": 3},),
     "cohere2_moe": (
         {"expert_selection_fn": "sigmoid", "norm_topk_prob": True},
         {"expert_selection_fn": "sigmoid", "norm_topk_prob": False},
@@ -147,7 +147,7 @@ class BlockVariant:
         names = {*vars(build_config(self.case)), *getattr(config_class(self.case), "attribute_map", {})}
         sizes = {name: value for name, value in _SIZES.items() if name in names}
         own = _OWN_SIZES.get(self.case.model_type, {})
-        return build_config(self.case, **{**sizes, **self.case.options, **own, **self.options})
+        return build_config(self.case, **{**self.case.options, **sizes, **own, **self.options})
 
 
 def variants_of(case: FamilyCase) -> list[BlockVariant]:

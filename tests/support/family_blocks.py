@@ -30,6 +30,7 @@ _FACTORS = {
     "openai_privacy_filter": "num_experts_per_tok",
     "step3p5": "routed_scaling_factor",
 }
+_INTO_ACTIVATION = re.compile(r"(gate|up)_proj(\.weight)?$|fc1\.weight|input_linear|mlp\.[wv]1$")
 _SELECTION = re.compile(r"e_score_correction_bias|balancing_biases|expert_bias")
 
 
@@ -182,10 +183,19 @@ class OwnBlock:
         return {f"{prefix}{self.layer}.{name}": tensor.contiguous() for name, tensor in found.items()}
 
 
-def _with_weights(module: nn.Module, *, seed: int, bias: float) -> nn.Module:
-    """The module on the CPU in fp32: scores that differ, a bias that changes the choice but does not make it, and
-    pre-activations that reach the limits of clamped activations.
+def _bias_of_choice(spec: RoutingSpec) -> tuple[float, float]:
+    """Mean and deviation of the bias of the choice: it changes the choice but does not make it.
+
+    With groups some biased scores are negative, so that what the other groups are filled with matters; filled with 0
+    they are all negative, and the one group that is left out is chosen, as ties are nobody's promise.
     """
+    mean = {"-inf": -0.5, "0": -1.5}[spec.group_fill] if spec.n_group > 1 else 0.0
+    return mean, 0.02 if spec.score == "softmax" else 0.1
+
+
+def _with_weights(module: nn.Module, *, seed: int, spec: RoutingSpec) -> nn.Module:
+    """The module on the CPU in fp32: scores that differ, and pre-activations that reach the limits of activations."""
+    mean, deviation = _bias_of_choice(spec)
     module = module.to_empty(device="cpu").float()
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in sorted([*module.named_parameters(), *module.named_buffers()]):
@@ -195,13 +205,15 @@ def _with_weights(module: nn.Module, *, seed: int, bias: float) -> nn.Module:
             continue
         noise = torch.randn(tensor.shape, generator=generator)
         if _SELECTION.search(name):
-            tensor.data.copy_(noise * bias)
+            tensor.data.copy_(mean + noise * deviation)
+            skipped = spec.num_null if spec.null == "skip" else 0
+            tensor.data[tensor.numel() - skipped :] += 0.3  # chosen by some tokens
         elif name.endswith("scale") or "norm" in name:
             tensor.data.copy_(1 + 0.3 * noise)
         elif tensor.dim() == 1 or name.endswith("bias"):
             tensor.data.copy_(0.3 * noise)
         else:
-            wide = 3.0 if re.search(r"up_proj$|fc1|input_linear|mlp\.[wv]1$", name) else 1.0
+            wide = 4.0 if _INTO_ACTIVATION.search(name) else 1.0
             tensor.data.copy_(noise * wide * max(tensor.shape[-1], 1) ** -0.5)
     return module
 
@@ -219,16 +231,25 @@ def build_block(variant: BlockVariant) -> OwnBlock:
     spec = get_routing_spec(config, layer)
     alone = config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
     parts = _parts(build_meta_model(variant.case, alone), layer, family)
-    bias = 0.02 if spec.score == "softmax" else 0.1
-    filled = {name: _with_weights(part, seed=seed, bias=bias) for seed, (name, part) in enumerate(parts.items())}
+    filled = {name: _with_weights(part, seed=seed, spec=spec) for seed, (name, part) in enumerate(parts.items())}
     block = OwnBlock(family, filled, layer=layer, spec=spec)
     block.set_experts_implementation("eager")
     return block
 
 
-def build_ours(variant: BlockVariant, block: OwnBlock, folder: Path, *, dtype: torch.dtype) -> FusedMoE:
+def text_and_vision(block: OwnBlock, config: Any) -> list[tuple[OwnBlock, dict[str, Any]]]:
+    """The two banks of experts of an Ernie 4.5 VL block, each as a block of Ernie 4.5 and the config of that."""
+    found = []
+    for name, width in zip(("text_moe", "vision_moe"), config.moe_intermediate_size, strict=True):
+        bank = OwnBlock("ernie4_5_moe", {"mlp": block.main.get_submodule(name)}, layer=block.layer, spec=block.spec)
+        own = {"model_type": "ernie4_5_moe", "moe_intermediate_size": width, "moe_num_shared_experts": 0}
+        found.append((bank, {**config.to_dict(), **own}))
+    return found
+
+
+def build_ours(block: OwnBlock, config: Any, folder: Path, *, dtype: torch.dtype) -> FusedMoE:
     """Our layer in `dtype`, with the weights of the model's block, which go through a checkpoint in `folder`."""
-    ours = build_moe_block("naive", variant.config(), block.layer, dtype=dtype).eval()
+    ours = build_moe_block("naive", config, block.layer, dtype=dtype).eval()
     load_weights(block, ours, folder)
     return ours
 
