@@ -144,14 +144,12 @@ def divisor_of(weights_TW: Tensor, spec: RoutingSpec) -> Tensor:
     return norm_T1 + spec.eps if spec.eps_mode == "add" else norm_T1.clamp_min(spec.eps)
 
 
-def raw_weights(
-    scores_TW: Tensor, bias_E: Tensor | None, index_TW: Tensor, *, spec: RoutingSpec, logits: torch.dtype
-) -> Tensor:
+def raw_weights(scores_TW: Tensor, bias_E: Tensor | None, index_TW: Tensor, *, spec: RoutingSpec) -> Tensor:
     """Weights [T, W] before the division from the scores [T, W] at columns [T, W] int64: plus the bias if it weighs."""
     if bias_E is None or not spec.bias_in_weights:
         return scores_TW
     bias_C = pad_shared(bias_E.to(scores_TW.dtype), spec, 0.0)
-    return rounded(scores_TW + bias_C[index_TW], rounding(spec, logits, bias_E.dtype))
+    return scores_TW + bias_C[index_TW]
 
 
 def route(
@@ -183,8 +181,9 @@ def route(
         valid_TW = given_TW < num_columns
         index_TW = torch.where(valid_TW, given_TW, 0)
         weights_TW = scores_TC.gather(1, index_TW).masked_fill_(~valid_TW, 0)
-    if spec.bias_in_weights:
-        weights_TW = raw_weights(weights_TW, bias_E, index_TW, spec=spec, logits=logits_TC.dtype)
+    if spec.bias_in_weights and bias_E is not None:
+        weights_TW = raw_weights(weights_TW, bias_E, index_TW, spec=spec)
+        weights_TW = rounded(weights_TW, rounding(spec, logits_TC.dtype, bias_E.dtype))
         if valid_TW is not None:
             weights_TW = weights_TW.masked_fill(~valid_TW, 0)
     if spec.renorm:

@@ -1,5 +1,6 @@
 """Gradients of `moe_route`, in differentiable ATen: with respect to the logits, to the scale of each expert, and to the
-bias where it stays in the weights. The choice itself has none.
+bias where it stays in the weights. The choice itself has none. Rounded scores have the gradients of exact ones, since
+Inductor would leave the rounding out.
 
 Shapes: C = E + n_shared columns of the logits, W = K + n_shared columns of the results. An id >= C means nobody.
 """
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..spec import RoutingSpec
-from ._route_aten import capped, divisor_of, norm_of, pad_shared, raw_weights, rounded, rounding, scores_of, wide_dtype
+from ._route_aten import capped, divisor_of, norm_of, pad_shared, raw_weights, scores_of, wide_dtype
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -51,8 +52,7 @@ def _gradients(
     scores_TC = scores_of(capped(logits_TC, spec.softcap), "softmax") if whole_rows else None
     capped_TW = capped(logits_TC.gather(1, index_TW).to(wide), spec.softcap)
     scores_TW = scores_of(capped_TW, spec.score) if scores_TC is None else scores_TC.gather(1, index_TW)
-    rounded_TW = rounded(scores_TW, rounding(spec, logits_TC.dtype))
-    raw_TW = raw_weights(rounded_TW, bias_E, index_TW, spec=spec, logits=logits_TC.dtype)
+    raw_TW = raw_weights(scores_TW, bias_E, index_TW, spec=spec)
     raw_TW = raw_TW if valid_TW is None else torch.where(valid_TW, raw_TW, 0.0)
     grad_TW = grad_TW.to(wide) * spec.scale
     grad_scale_E = None

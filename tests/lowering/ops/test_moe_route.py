@@ -546,6 +546,25 @@ def test_one_dynamic_training_graph(name, kind):
     assert counter.frame_count == 1
 
 
+def test_compiled_training_with_every_option():
+    """Forward and backward, rounded scores included, through Inductor."""
+    options = RoutingSpec(
+        *(3, "sigmoid", 1, 1, "max", "0", 2.0, 0.1, 2.5, 5.0, "bfloat16", "scores", True, "clamp_min", 2)
+    ).op_args()
+
+    def loss(logits, bias, scale):
+        weights, ids = moe_route(logits * 2, bias, None, *options, scale)
+        return (weights * ids).sum()
+
+    leaves = [
+        values("normal", shape, seed).abs().requires_grad_() for seed, shape in enumerate(((7, 18), (16,), (16,)))
+    ]
+    torch._dynamo.reset()
+    ours = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    torch.testing.assert_close(ours, torch.autograd.grad(loss(*leaves), leaves))
+    assert all(grad.any() for grad in ours)
+
+
 def test_exports_with_a_dynamic_number_of_tokens():
     class Router(torch.nn.Module):
         def forward(self, logits):
