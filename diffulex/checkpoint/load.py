@@ -50,9 +50,9 @@ def load_checkpoint(
     model_type  as the config has it; picks the naming scheme
 
     Names and shapes are checked before anything is written: `MoECheckpointError` lists everything that is missing,
-    that belongs to the blocks but has no place in them, or that does not fit. Beside the blocks themselves, memory
-    holds one tensor of one expert, and pages of the file that the kernel can drop, at most a window of them. Owned
-    experts alone are read.
+    that belongs to the blocks but has no place in them, or that does not fit; the shared experts of no width that some
+    models have are passed over. Beside the blocks themselves, memory holds one tensor of one expert, and pages of the
+    file that the kernel can drop, at most a window of them. Owned experts alone are read.
     """
     options = options or LoadOptions()
     scheme = scheme_of(model_type)
@@ -72,6 +72,7 @@ def load_checkpoint(
             rules=scheme.forms[form],
             roots=_roots(scheme),
         )
+        problems.unexpected[:] = [name for name in problems.unexpected if 0 not in reader.info(name)[0]]
         problems.raise_if_any(str(path), form=f"{form} ({scheme.types[0]})")
         _copy(reader, stored)
     return rest

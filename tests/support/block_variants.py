@@ -45,7 +45,7 @@ _GREEDY_GROUPS = {**_GROUPS, "topk_method": "group_limited_greedy", "routed_scal
 
 # Family -> options in place of the defaults, a variant each; the first of a family with a required choice is its base.
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "afmoe": ({"route_scale": 2.0},),
+    "afmoe": ({"route_scale": 2.0}, {"num_shared_experts": 0}),
     "aria_text": ({"moe_num_shared_experts": 1},),
     "axk1": (_NO_NORM,),
     "axk2": ({"n_group": 4, "topk_group": 3},),
@@ -75,7 +75,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "exaone_moe": (_GROUPS, _NO_NORM),
     "flex_olmo": (_NORM,),
     "flint": (_NO_NORM,),
-    "glm4_moe": (_GROUPS, _NO_NORM),
+    "glm4_moe": (_GROUPS, _NO_NORM, {"n_shared_experts": 0}),
     "glm4_moe_lite": (_GROUPS,),
     "glm4v_moe_text": (_GROUPS,),
     "glm5_next_text": ({"swiglu_limit": 0.5}, {"n_shared_experts": 2}),
