@@ -7,7 +7,7 @@ from typing import Any
 
 from diffulex.moe.config._families import COUNT, TOP_K, WIDTH
 
-from .families import DEPTH, FamilyCase, build_config, config_class, installed_cases
+from .families import DEPTH, FAMILY_CASES, NEWER_CASES, FamilyCase, build_config, config_class
 
 HIDDEN, EXPERTS, TOP = 64, 16, 4
 # Sizes of every family, of those names that its config has.
@@ -27,6 +27,7 @@ _HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
 _OWN_SIZES: dict[str, dict[str, Any]] = {
     "dbrx": {"d_model": HIDDEN, "n_heads": 4},
     "deepseek_v4": {"vocab_size": 50},
+    "dots3_note_vision_encoder": {"num_attention_heads": 4, "adapter_in_dim": HIDDEN},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [24, 16], "head_dim": 128},
     "glm4_moe": _HEADS,
     "glm4v_moe_text": _HEADS,
@@ -120,6 +121,15 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "unlimited_ocr_text": (_GREEDY_GROUPS,),
 }
+# An encoder for images with another number of experts in every layer, which the model's own code reads.
+_PYRAMID = FamilyCase(
+    "dots3_note_vision_encoder",
+    "dots3_note",
+    {"pyramid_num_routed": [-1, EXPERTS, -1, 12, EXPERTS, 8]},
+    model_class="Dots3NoteVisionModel",
+)
+READ_PER_LAYER = {_PYRAMID.model_type}
+BLOCK_CASES = (*FAMILY_CASES, *NEWER_CASES, _PYRAMID)
 # The defaults of these cannot be small.
 _NO_DEFAULT = {"dbrx"}
 # Not a field of the config, but read where it is there.
@@ -154,8 +164,3 @@ def variants_of(case: FamilyCase) -> list[BlockVariant]:
     """The default of a family and its variants."""
     found = [] if case.model_type in _NO_DEFAULT else [BlockVariant(case, {})]
     return found + [BlockVariant(case, options) for options in VARIANTS.get(case.model_type, ())]
-
-
-def all_variants() -> list[BlockVariant]:
-    """Every variant of every family of the installed transformers."""
-    return [variant for case in installed_cases() for variant in variants_of(case)]

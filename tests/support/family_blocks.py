@@ -17,7 +17,7 @@ from diffulex.cli.accuracy import Oracle
 from diffulex.moe import FusedMoE, TopKOutput, build_moe_block, get_routing_spec, is_moe_layer
 from lowering.spec import RoutingSpec
 
-from .block_variants import BlockVariant
+from .block_variants import READ_PER_LAYER, BlockVariant
 from .families import DEPTH, build_meta_model
 
 # Modules of a decoder layer that make its MoE block.
@@ -229,8 +229,9 @@ def build_block(variant: BlockVariant) -> OwnBlock:
     family, config = variant.case.model_type, variant.config()
     layer = moe_layer_of(config, family)
     spec = get_routing_spec(config, layer)
-    alone = config.per_layer_config[layer] if getattr(config, "is_heterogeneous", False) else config
-    parts = _parts(build_meta_model(variant.case, alone), layer, family)
+    differs = getattr(config, "is_heterogeneous", False) and family not in READ_PER_LAYER
+    model = build_meta_model(variant.case, config.per_layer_config[layer] if differs else config)
+    parts = _parts(model, layer, family)
     filled = {name: _with_weights(part, seed=seed, spec=spec) for seed, (name, part) in enumerate(parts.items())}
     block = OwnBlock(family, filled, layer=layer, spec=spec)
     block.set_experts_implementation("eager")

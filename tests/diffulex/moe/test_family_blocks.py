@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from diffulex.moe import MoEConfigError, TopKRouter, build_topk_router, get_moe_spec
-from tests.support.block_variants import HIDDEN, BlockVariant, variants_of
-from tests.support.families import FAMILY_CASES, NEWER_CASES, installed_cases, is_installed
+from tests.support.block_variants import BLOCK_CASES, HIDDEN, BlockVariant, variants_of
+from tests.support.families import installed_cases, is_installed
 from tests.support.family_blocks import (
     OwnBlock,
     Seen,
@@ -65,7 +65,7 @@ def one_thread() -> Iterator[None]:
 def cases() -> list[Any]:
     """Every variant that is not refused; what the installed transformers lacks is skipped, not forgotten."""
     found = []
-    for case in [*FAMILY_CASES, *NEWER_CASES]:
+    for case in BLOCK_CASES:
         if case.model_type in REFUSED:
             continue
         there = is_installed(case)
@@ -95,7 +95,7 @@ def test_the_layer_computes_what_the_models_block_does(variant: BlockVariant, tm
 
 def test_two_banks_of_experts_are_two_layers(tmp_path: Path) -> None:
     """Ernie 4.5 VL chooses between them by the kind of token, which is the model's own code."""
-    variant = next(v for case in FAMILY_CASES for v in variants_of(case) if case.model_type == "ernie4_5_vl_moe_text")
+    variant = next(v for case in BLOCK_CASES for v in variants_of(case) if case.model_type == "ernie4_5_vl_moe_text")
     config = variant.config()
     for bank, own in text_and_vision(build_block(variant), config):
         check_block(bank, own, tmp_path)
@@ -180,5 +180,5 @@ def test_every_family_is_compared_or_refused() -> None:
     variants = [param.values[0] for param in cases()]
     compared = {variant.case.model_type for variant in variants}
     assert compared.isdisjoint(REFUSED)
-    assert compared | REFUSED.keys() == {case.model_type for case in [*FAMILY_CASES, *NEWER_CASES]}
+    assert compared | REFUSED.keys() == {case.model_type for case in BLOCK_CASES}
     assert len(variants) >= 130  # of the newest release; where one is older, families it lacks count once
