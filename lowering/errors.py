@@ -1,6 +1,7 @@
 """The catalogue of errors users can meet: every message says what was expected, what came and what to do.
 
-Errors are `ValueError` or `TypeError` subclasses, so callers that catch the built-in types keep working.
+Errors are subclasses of `ValueError`, `TypeError` or `RuntimeError`, so callers that catch the built-in types keep
+working.
 `Reason` is the value a predicate returns instead of a bare bool: `None` means "yes", a `Reason` says why not.
 """
 
@@ -75,6 +76,18 @@ class MoECheckpointError(MoEErrorMixin, ValueError):
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     misshapen: tuple[str, ...] = ()
+
+
+class MoEParallelError(MoEErrorMixin, ValueError):
+    """Experts cannot be spread over the ranks as asked, or the ranks were given different layers."""
+
+    code = "MOE009"
+
+
+class MoEStageError(MoEErrorMixin, RuntimeError):
+    """Calls came out of order: tokens were dispatched while results were owed, or combined while none were."""
+
+    code = "MOE010"
 
 
 class ReasonCode(enum.Enum):

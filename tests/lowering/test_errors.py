@@ -18,6 +18,8 @@ BASES = {
     "MoEUnsupportedError": (ValueError, "MOE006"),
     "MoEConfigError": (ValueError, "MOE007"),
     "MoECheckpointError": (ValueError, "MOE008"),
+    "MoEParallelError": (ValueError, "MOE009"),
+    "MoEStageError": (RuntimeError, "MOE010"),
 }
 CATALOGUE = {
     name: kind
@@ -35,7 +37,7 @@ def test_ids_are_stable_and_unique():
 
 @pytest.mark.parametrize("kind", CATALOGUE.values(), ids=CATALOGUE)
 def test_errors_are_built_in_errors_too(kind):
-    assert issubclass(kind, ValueError | TypeError)
+    assert issubclass(kind, ValueError | TypeError | RuntimeError)
     assert kind.__name__ not in vars(builtins)
 
 
