@@ -1,0 +1,104 @@
+"""Differentiable collectives out of functional ones, which torch.compile captures.
+
+A gradient takes the way back with the same splits, so it needs every rank: either all ranks of a group ask for
+gradients of a call, or none does. What is added up is added in the order of the ranks, in fp32 or wider, so a result
+is the same in every run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed  # loads the functional ops
+from torch import Tensor
+from torch.distributed import _functional_collectives as _registered  # noqa: F401 (their fake functions)
+
+_OPS = torch.ops._c10d_functional
+
+
+def exchange(rows: Tensor, recv: list[int], *, send: list[int], group: str) -> Tensor:
+    """send[r] rows to each rank r of `group` and recv[r] rows from it, S = sum(send) and R = sum(recv) in all.
+
+    rows [S, ...] of any dtype; returns [R, ...] in it. Not differentiable.
+    """
+    return _OPS.wait_tensor(_OPS.all_to_all_single(rows.contiguous(), recv, send, group))
+
+
+def gather(rows: Tensor, size: int, *, group: str) -> Tensor:
+    """The rows [C, ...] of all ranks in order, [size * C, ...], any dtype; not differentiable."""
+    return _OPS.wait_tensor(_OPS.all_gather_into_tensor(rows.contiguous(), size, group))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _sum_over_ranks(tensor: Tensor, group: str) -> Tensor:
+    summed = _OPS.wait_tensor(_OPS.all_reduce(tensor.to(_wide(tensor)).contiguous(), "sum", group))
+    return summed.to(tensor.dtype)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, recv: list[int], send: list[int], group: str) -> Tensor:
+        ctx.recv, ctx.send, ctx.group = recv, send, group
+        return exchange(rows, recv, send=send, group=group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return exchange(grad, ctx.send, send=ctx.recv, group=ctx.group), None, None, None
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, size: int, group: str) -> Tensor:
+        ctx.size, ctx.group = size, group
+        return gather(rows, size, group=group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        count = grad.shape[0] // ctx.size
+        back = exchange(grad, [count] * ctx.size, send=[count] * ctx.size, group=ctx.group)
+        return back.unflatten(0, (ctx.size, count)).sum(0, dtype=_wide(grad)).to(grad.dtype), None, None
+
+
+class _CopyToRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum_over_ranks(grad, ctx.group), None
+
+
+class _SumOfRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: str) -> Tensor:
+        return _sum_over_ranks(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def all_to_all(rows: Tensor, recv: list[int], *, send: list[int], group: str) -> Tensor:
+    """`exchange` of floating rows [S, ...] -> [R, ...]; the gradient goes the way back."""
+    return _AllToAll.apply(rows, recv, send, group)
+
+
+def all_gather(rows: Tensor, size: int, *, group: str) -> Tensor:
+    """`gather` of floating rows [C, ...] -> [size * C, ...]; the gradients of all ranks are added up."""
+    return _AllGather.apply(rows, size, group)
+
+
+def copy_to_ranks(tensor: Tensor, group: str) -> Tensor:
+    """A floating tensor [...] that is the same on all ranks, as it is; the gradients of all ranks are added up."""
+    return _CopyToRanks.apply(tensor, group)
+
+
+def sum_of_ranks(tensor: Tensor, group: str) -> Tensor:
+    """The sum over all ranks of a floating tensor [...]; its gradient, the same on all ranks, goes to each."""
+    return _SumOfRanks.apply(tensor, group)
