@@ -30,7 +30,7 @@ _REPORT_IMPORTS = frozenset({"errors", "spec", "settings"})
 _REPORT_WRITERS = frozenset({"graph", "schedule", "templates", "inductor"})
 # Allowed in function bodies on top of that: eager CUDA calls render the templates.
 _LATE = {"ops": frozenset({"templates"})}
-_OPTIONAL = frozenset({"vllm"})  # imported where a user asks for it by name
+_OPTIONAL = frozenset({"vllm", "deep_ep"})  # imported where a user asks for it by name
 _TRITON_AT_IMPORT = ("lowering/templates/", "lowering/inductor/")
 
 
