@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 from transformers import AutoConfig
 
 import diffulex
@@ -40,7 +41,15 @@ def test_the_stock_model_is_compiled_without_diffulex(monkeypatch):
     assert seen == [False, True]
 
 
-def test_layers_are_built_and_loaded(monkeypatch):
+@pytest.fixture
+def one_rank(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("part", ["build_mlp_or_moe", "init_device_mesh"])
+def test_layers_are_built_and_loaded(part, one_rank, monkeypatch):
     config = AutoConfig.for_model(
         "qwen3_moe", hidden_size=8, moe_intermediate_size=4, num_experts=4, num_experts_per_tok=2
     )
@@ -50,7 +59,8 @@ def test_layers_are_built_and_loaded(monkeypatch):
     )
     hidden = torch.zeros(1, 3, 8)
     given = {"config": config, "layer_idx": 0, "dense_mlp": None, "hidden_states": hidden, "folder": "folder"}
-    exec(example("build_mlp_or_moe"), given)
+    given |= {"num_ranks": 1}
+    exec(example(part), given)
     assert given["hidden_states"].shape == hidden.shape and given["router_logits"].shape == (3, 4)
     assert loaded == [({0: given["layer"]}, "qwen3_moe")]
-    assert given["get_num_experts"](config) == 4
+    assert part == "init_device_mesh" or given["get_num_experts"](config) == 4

@@ -78,7 +78,8 @@ def block_of(module: nn.Module | Block, *, owned: Owned = None) -> Block:
         module = getattr(module, "_orig_mod", module)  # what torch.compile wrapped
         spec: Any = module.spec
         shared = 1 if spec.shared is None else spec.shared.count
-        block = Block(dict(_tensors(module)), spec.experts.num_experts, shared, spec.experts.interleaved)
+        params, held = dict(_tensors(module)), getattr(module, "owned_experts", None)
+        block = Block(params, spec.experts.num_experts, shared, spec.experts.interleaved, held)
     if owned is None:
         return block
     chosen = filter(owned, range(block.total)) if callable(owned) else owned

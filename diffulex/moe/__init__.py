@@ -23,7 +23,17 @@ _HOMES = {
         "get_shared_experts",
         "is_moe_layer",
     ),
-    "layer": ("FusedMoE", "MoESpec", "NaiveFusedMoE", "SharedExpertMLP", "build_moe_block", "get_moe_spec"),
+    "dispatcher": ("DispatcherOutput", "ExchangePlan", "TokenDispatcher", "build_token_dispatcher"),
+    "layer": (
+        "EPFusedMoE",
+        "FusedMoE",
+        "MoESpec",
+        "NaiveFusedMoE",
+        "SharedExpertMLP",
+        "TPFusedMoE",
+        "build_moe_block",
+        "get_moe_spec",
+    ),
     "metadata": ("DispatchMetadata", "DispatcherStage", "ExpertExecutionMetadata", "RouterMetadata"),
     "topk": ("GroupLimitedTopKRouter", "NaiveTopKRouter", "TopKOutput", "TopKRouter", "build_topk_router"),
 }
@@ -39,14 +49,16 @@ def build_mlp_or_moe(
 ) -> Dense | FusedMoE:
     """The feed-forward part of a decoder layer: a MoE block where the config has one, else `dense_factory()`.
 
-    options are those of `build_moe_block`. Raises `MoEConfigError` for what the config does not say.
+    options are those of `build_moe_block`; with `parallel` the layer is spread over the ranks as that says. Raises
+    `MoEConfigError` for what the config does not say.
     """
     from .config import is_moe_layer
     from .layer import build_moe_block
 
     if not is_moe_layer(config, layer_idx):
         return dense_factory()
-    return build_moe_block("naive", config, layer_idx, **options)
+    parallel = options.get("parallel")
+    return build_moe_block("naive" if parallel is None else parallel.mode, config, layer_idx, **options)
 
 
 def __getattr__(name: str) -> Any:

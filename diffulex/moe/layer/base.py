@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowering.errors import MoEOptionError, MoEShapeError
+from lowering.reference.moe_block import ExpertWeights
 
 from ..topk import TopKOutput, build_topk_router
 from .experts import experts_function
@@ -130,6 +131,40 @@ class FusedMoE(nn.Module, ABC):
         if self.shared_experts is not None:
             out_TH = self._with_shared(out_TH, self.shared_experts(hidden_TH, shared_TS))
         return out_TH.to(dtype)
+
+    def register_experts(
+        self,
+        num_experts: int,
+        width: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make the parameters of the experts held here, of that many and that wide, and draw them."""
+        experts = self.spec.experts
+        rows, hidden = width * (2 if experts.gated else 1), experts.hidden_size
+        sizes = {"w13": (num_experts, rows, hidden), "w2": (num_experts, hidden, width)}
+        biases = {"b13": (num_experts, rows), "b2": (num_experts, hidden)}
+        for name, size in (sizes | biases).items():
+            absent = name in biases and not experts.bias
+            value = None if absent else nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+            self.register_parameter(name, value)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Experts as `nn.Linear` draws its weights; the parts of the layer do theirs when they are made."""
+        for weight, bias in ((self.w13, self.b13), (self.w2, self.b2)):
+            bound = self.spec.experts.hidden_size**-0.5 if weight is self.w13 else self.intermediate_size**-0.5
+            for tensor in (weight, bias):
+                if tensor is not None:
+                    tensor.uniform_(-bound, bound)
+
+    @property
+    def expert_weights(self) -> ExpertWeights:
+        """The experts held here."""
+        spec = self.spec.experts
+        return ExpertWeights(self.w13, self.w2, self.b13, self.b2, spec.act, spec.interleaved)
 
     @abstractmethod
     def run_experts(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:

@@ -9,10 +9,18 @@ import torch
 from torch import Tensor
 
 from lowering import ops
+from lowering.errors import MoEUnsupportedError
 from lowering.reference.moe_block import ExpertWeights
 
 from ..metadata import ExpertExecutionMetadata
 from .spec import MoESpec
+
+
+class RunSlots(Protocol):
+    """An implementation of the routed experts, slot by slot."""
+
+    def __call__(self, hidden_TH: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+        """[T*K, H] in the dtype of hidden [T, H], in slot order and without weights, for ids [T, K] int."""
 
 
 class RunExperts(Protocol):
@@ -22,11 +30,10 @@ class RunExperts(Protocol):
         """[T, H] in the dtype of hidden [T, H], for weights [T, K] floating and ids [T, K] int."""
 
 
-def run_ops(hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
-    """The experts through the ops, which torch.compile captures and fuses.
+def slots_by_ops(hidden_TH: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+    """What each expert makes of each token, without weights: [T*K, H] in the dtype of hidden, in slot order.
 
-    hidden [T, H] floating, weights [T, K] floating, ids [T, K] int; ids outside [0, E) contribute nothing.
-    Returns [T, H] in the dtype of hidden, which is that of the experts. Differentiable.
+    hidden [T, H] floating in the dtype of the experts, ids [T, K] int; slots of ids outside [0, E) are zero.
     """
     plan = ExpertExecutionMetadata.from_topk_ids(ids_TK, experts.w13_EJH.shape[0])
     order_N, offsets_E1 = plan.sorted_slot_ids, plan.seg_indptr
@@ -40,32 +47,62 @@ def run_ops(hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: E
         experts.act,
         experts.interleaved,
     )
-    slots_NH = ops.moe_expert_down(act_NI, experts.w2_EHI, experts.b2_EH, order_N, offsets_E1)
-    return ops.moe_combine(slots_NH, weights_TK)
+    return ops.moe_expert_down(act_NI, experts.w2_EHI, experts.b2_EH, order_N, offsets_E1)
+
+
+def run_ops(hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+    """The experts through the ops, which torch.compile captures and fuses.
+
+    hidden [T, H] floating, weights [T, K] floating, ids [T, K] int; ids outside [0, E) contribute nothing.
+    Returns [T, H] in the dtype of hidden, which is that of the experts. Differentiable.
+    """
+    return ops.moe_combine(slots_by_ops(hidden_TH, ids_TK, experts=experts), weights_TK)
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightOnInput:
+class SlotsOf:
+    """`slots_by_ops` through an implementation that only knows weighted sums: a token for each slot, of weight 1."""
+
+    run: RunExperts
+
+    def __call__(self, hidden_TH: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+        """[T*K, H] in the dtype of hidden [T, H], for ids [T, K] int."""
+        slots_NH = hidden_TH.repeat_interleave(ids_TK.shape[1], dim=0)
+        ones_N1 = hidden_TH.new_ones(slots_NH.shape[0], 1)
+        return self.run(slots_NH, ones_N1, ids_TK.reshape(-1, 1), experts=experts)
+
+
+def weighted_on_input(
+    run: RunExperts, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights
+) -> Tensor:
     """The experts of `run` with the weight multiplied on their input instead of their output (Llama 4).
+
+    hidden [T, H] and weights [T, K] floating, ids [T, K] int. Returns [T, H] in the dtype of hidden.
 
     An activation is not linear, so weighting the input is not weighting the output. For K = 1 it is one product with
     the hidden states. For K > 1 a token has a different input for each of its experts: hidden is expanded to the slots
     [T*K, H], each a token of its own with one expert of weight 1, and the K results are added up.
     """
+    num_tokens, top_k = ids_TK.shape
+    inputs_TKH = hidden_TH.unsqueeze(1) * weights_TK.unsqueeze(2)
+    inputs_NH = inputs_TKH.to(hidden_TH.dtype).reshape(num_tokens * top_k, hidden_TH.shape[1])
+    ones_N1 = weights_TK.new_ones(num_tokens * top_k, 1)
+    slots_NH = run(inputs_NH, ones_N1, ids_TK.reshape(num_tokens * top_k, 1), experts=experts)
+    if top_k == 1:
+        return slots_NH
+    wide = torch.promote_types(slots_NH.dtype, torch.float32)
+    return slots_NH.view(num_tokens, top_k, slots_NH.shape[1]).sum(1, dtype=wide).to(slots_NH.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightOnInput:
+    """`weighted_on_input` of an implementation."""
 
     run: RunExperts
 
     def __call__(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
         """[T, H] in the dtype of hidden [T, H], for weights [T, K] floating and ids [T, K] int."""
-        num_tokens, top_k = ids_TK.shape
-        inputs_TKH = hidden_TH.unsqueeze(1) * weights_TK.unsqueeze(2)
-        inputs_NH = inputs_TKH.to(hidden_TH.dtype).reshape(num_tokens * top_k, hidden_TH.shape[1])
-        ones_N1 = weights_TK.new_ones(num_tokens * top_k, 1)
-        slots_NH = self.run(inputs_NH, ones_N1, ids_TK.reshape(num_tokens * top_k, 1), experts=experts)
-        if top_k == 1:
-            return slots_NH
-        wide = torch.promote_types(slots_NH.dtype, torch.float32)
-        return slots_NH.view(num_tokens, top_k, slots_NH.shape[1]).sum(1, dtype=wide).to(slots_NH.dtype)
+        return weighted_on_input(self.run, hidden_TH, weights_TK, ids_TK, experts=experts)
 
 
 def experts_function(spec: MoESpec) -> RunExperts:
@@ -85,3 +122,19 @@ def experts_function(spec: MoESpec) -> RunExperts:
     else:
         run = run_ops
     return WeightOnInput(run) if spec.routing.apply_weight_on == "input" else run
+
+
+def slots_function(spec: MoESpec) -> RunSlots:
+    """The implementation a spec asks for, slot by slot; `MoEUnsupportedError` where it has none."""
+    if spec.moe_gemm_impl == "triton":
+        return slots_by_ops
+    if spec.moe_gemm_impl == "naive":
+        from .experts_naive import run_naive  # loads Dynamo, to be kept out of graphs
+
+        return SlotsOf(run_naive)
+    raise MoEUnsupportedError.of(
+        "experts on several ranks",
+        expected="moe_gemm_impl 'triton' or 'naive'",
+        got=repr(spec.moe_gemm_impl),
+        hint="vLLM's kernels run on one device here.",
+    )

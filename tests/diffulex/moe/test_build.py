@@ -142,7 +142,7 @@ def test_options():
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: build_moe_block("ring", PLAIN, 1), MoEOptionError, r"impl in \('naive',\), got 'ring'"),
+        (lambda: build_moe_block("ring", PLAIN, 1), MoEOptionError, r"impl in \('naive', 'tp', 'ep'\), got 'ring'"),
         (lambda: build_moe_block("naive", {**PLAIN, "moe_gemm_impl": "x"}, 1), MoEOptionError, "moe_gemm_impl in"),
         (lambda: build_moe_block("naive", {"hidden_size": 16}), MoEConfigError, "num_experts"),
         (lambda: build_moe_block("naive", {**PLAIN, "hidden_act": "mish"}, 1), MoEConfigError, "'mish'"),

@@ -1,0 +1,69 @@
+"""The MoE layer under expert parallelism: each rank owns experts and has tokens of its own, which travel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowering.reference.moe_block import ExpertWeights
+
+from ...distributed.parallel import ParallelConfig
+from ..dispatcher import ExchangePlan, TokenDispatcher, build_token_dispatcher
+from .experts import weighted_on_input
+from .sharded import ShardedFusedMoE
+from .spec import MoESpec
+
+
+class EPFusedMoE(ShardedFusedMoE):
+    """Every rank calls the layer with its own tokens, any number of them, and gets their results.
+
+    w13  [E', J, H], w2 [E', H, I], b13 and b2: the experts `owned_experts` of this rank
+
+    Shared experts, latent projections and null experts are computed where the token is. With the dispatchers "naive"
+    and "static" the routed experts give bitwise what a single rank gives for the tokens of all ranks together
+    (`ParallelConfig.exact`), on CPUs where rows of the weights are multiples of 64 bytes: CPU GEMMs round by the
+    alignment of what they read. Every rank takes part in every forward and backward pass.
+    """
+
+    mode = "ep"
+
+    def __init__(
+        self,
+        spec: MoESpec,
+        *,
+        parallel: ParallelConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(spec, parallel=parallel, device=device, dtype=dtype)
+        self._weight_on_input = spec.routing.apply_weight_on == "input"
+        self.dispatcher: TokenDispatcher[Any] = build_token_dispatcher(parallel.dispatcher, _plan(spec, parallel))
+
+    @classmethod
+    def _check_backend(cls, spec: MoESpec, parallel: ParallelConfig) -> None:
+        if parallel.dispatcher == "deepep":
+            from ..dispatcher.deepep_dispatcher import check_deepep
+
+            check_deepep(_plan(spec, parallel))
+
+    def run_experts(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        """Weighted sum of the routed experts: [T, H] floating, for hidden [T, H], weights [T, K] and ids [T, K] int."""
+        hidden_TH, experts = hidden_TH.to(self.w13.dtype), self.expert_weights
+        if self._weight_on_input:
+            return weighted_on_input(self._travel, hidden_TH, weights_TK, ids_TK, experts=experts)
+        return self._travel(hidden_TH, weights_TK, ids_TK, experts=experts)
+
+    def _travel(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+        sent = self.dispatcher.dispatch(hidden_TH, ids_TK, weights_TK)
+        slots_NH = self._slots(sent.recv_hidden_states, sent.recv_local_expert_ids, experts=experts)
+        return self.dispatcher.combine(slots_NH, sent.metadata)
+
+
+def _plan(spec: MoESpec, parallel: ParallelConfig) -> ExchangePlan:
+    """Weighted inputs differ from slot to slot, so slots travel as tokens of one expert."""
+    num_experts, top_k, most = spec.experts.num_experts, spec.routing.top_k, parallel.max_tokens_per_rank
+    if spec.routing.apply_weight_on == "input":
+        return ExchangePlan(parallel, num_experts, 1, None if most is None else most * top_k)
+    return ExchangePlan(parallel, num_experts, top_k, most)

@@ -1,0 +1,142 @@
+"""What layers over several ranks share: the ranks agree on the layer, and each holds its part of the experts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, distributed
+
+from lowering.activation import is_gated
+from lowering.errors import MoECheckpointError, MoEErrorMixin, MoEOptionError
+
+from ...distributed.agreement import check_agreement, flat_fields
+from ...distributed.parallel import ParallelConfig
+from .base import FusedMoE
+from .experts import slots_function
+from .spec import MoESpec
+
+EXPERT_PARAMS = ("w13", "w2", "b13", "b2")
+
+
+class ShardedFusedMoE(FusedMoE):
+    """A layer whose experts lie on several ranks, and all else on each; made by all ranks of the group together.
+
+    Making it compares the ranks' specs and options (`MoEParallelError` names what differs, and the ranks), and gives
+    every rank the first one's replicated parameters. Each rank draws its own experts: seed the ranks differently, or
+    load a checkpoint. Gradients of replicated parameters are those of the rank's tokens.
+
+    owned_experts  the experts that w13 [E', J', H], w2 [E', H, I'], b13 and b2 have rows for, in order
+    """
+
+    mode = ""
+    owned_experts: tuple[int, ...]
+
+    def __init__(
+        self,
+        spec: MoESpec,
+        *,
+        parallel: ParallelConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        parallel.check_mesh()
+        problem = self._problem(spec, parallel)
+        options = dataclasses.replace(parallel, placement=None)
+        fields = flat_fields(spec) | {name: text for name, text in flat_fields(options).items() if name != "mesh"}
+        fields |= {"layer": type(self).__name__, "dtype": str(dtype or torch.get_default_dtype())}
+        fields |= {"placement": str(parallel.placement and parallel.placement.owned)}
+        check_agreement(
+            type(self).__name__, parallel.group, fields=fields, problem=None if problem is None else str(problem)
+        )
+        super().__init__(spec, device=device, dtype=dtype)
+        self.parallel = parallel
+        self._slots = slots_function(spec)
+        self._split = parallel.mode == "tp" and parallel.shard == "width"
+        num_experts, width = spec.experts.num_experts, spec.experts.intermediate_size
+        self._width = parallel.width_of(width) if self._split else (0, width)
+        self.owned_experts = (
+            tuple(range(num_experts)) if self._split else parallel.experts_of(num_experts).owned[parallel.rank]
+        )
+        start, stop = self._width
+        self.register_experts(len(self.owned_experts), stop - start, device=device, dtype=dtype)
+        if self._split and parallel.rank:
+            self.register_parameter("b2", None)  # added once, by the first rank
+        self._replicate()
+
+    def _problem(self, spec: MoESpec, parallel: ParallelConfig) -> BaseException | None:
+        """Why this rank cannot make the layer, found before the ranks wait for one another."""
+        try:
+            spec.check()
+            slots_function(spec)
+            if parallel.mode != self.mode:
+                raise MoEOptionError.of(
+                    type(self).__name__,
+                    expected=f"a ParallelConfig of mode {self.mode!r}",
+                    got=repr(parallel.mode),
+                    hint="build_moe_block takes the mode as its first argument.",
+                )
+            parallel.check(spec.experts.num_experts, spec.experts.intermediate_size)
+            self._check_backend(spec, parallel)
+        except (ValueError, TypeError, RuntimeError) as problem:
+            if not isinstance(problem, MoEErrorMixin):
+                raise
+            return problem
+        return None
+
+    @classmethod
+    def _check_backend(cls, spec: MoESpec, parallel: ParallelConfig) -> None:
+        """Raise where the layer cannot run as asked, before the ranks wait for one another."""
+
+    @torch.no_grad()
+    def _replicate(self) -> None:
+        """The first rank's values of everything but the experts, on all ranks."""
+        group = self.parallel.group
+        source = distributed.get_global_rank(group, 0)
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            if name not in EXPERT_PARAMS and not tensor.is_meta:
+                distributed.broadcast(tensor.detach(), src=source, group=group)
+
+    @torch.no_grad()
+    def load_full(self, state: Mapping[str, Tensor]) -> None:
+        """Take this rank's part of a whole layer: `NaiveFusedMoE.state_dict()`, w13 [E, J, H] floating and so on.
+
+        `MoECheckpointError` where names are missing or unexpected.
+        """
+        own = self.state_dict(keep_vars=True)
+        spare = {"b2"} if self.spec.experts.bias else set()  # where another rank adds it
+        missing, unexpected = {*own} - {*state}, {*state} - {*own} - spare
+        if missing or unexpected:
+            raise MoECheckpointError.of(
+                f"{type(self).__name__}.load_full",
+                expected=f"the names {', '.join(own)}",
+                got=f"{', '.join(sorted(missing)) or 'none'} missing, {', '.join(sorted(unexpected)) or 'none'} more",
+                hint="Pass the state_dict of the NaiveFusedMoE of the same config.",
+            )
+        for name, tensor in own.items():
+            tensor.detach().copy_(self.shard_of(name, state[name]) if name in EXPERT_PARAMS else state[name])
+
+    def shard_of(self, name: str, full: Tensor) -> Tensor:
+        """This rank's part of w13 [E, J, H], w2 [E, H, I], b13 [E, J] or b2 [E, H] of the whole layer, any dtype."""
+        part = full[list(self.owned_experts)]
+        start, stop = self._width
+        if name == "b2" or stop - start == self.intermediate_size:
+            return part
+        if name == "w2":
+            return part[:, :, start:stop]
+        spec = self.spec.experts
+        if not is_gated(spec.act):
+            return part[:, start:stop]
+        if spec.interleaved:
+            return part[:, 2 * start : 2 * stop]
+        gate, up = part.chunk(2, dim=1)
+        return torch.cat((gate[:, start:stop], up[:, start:stop]), dim=1)
+
+    def extra_repr(self) -> str:
+        """The sizes here and in all, for `print(model)`."""
+        held, width = self.w2.shape[0], self.w2.shape[2]
+        return (
+            f"{held} of E={self.num_experts}, {width} of I={self.intermediate_size}, K={self.top_k}, "
+            f"rank {self.parallel.rank} of {self.parallel.size}, moe_gemm_impl={self.moe_gemm_impl!r}"
+        )

@@ -1,0 +1,263 @@
+"""The contract of token dispatchers, on a group of one rank in this process: order of calls, capacity, DeepEP."""
+
+import dataclasses
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+
+from diffulex.distributed import ExpertPlacement, ParallelConfig
+from diffulex.moe import (
+    EPFusedMoE,
+    ExchangePlan,
+    TPFusedMoE,
+    build_mlp_or_moe,
+    build_moe_block,
+    build_token_dispatcher,
+)
+from diffulex.moe.metadata import DispatcherStage
+from lowering.errors import (
+    MoECheckpointError,
+    MoEOptionError,
+    MoEParallelError,
+    MoERangeError,
+    MoEShapeError,
+    MoEStageError,
+    MoEUnsupportedError,
+)
+from lowering.settings import Settings
+from tests.support.catalogue import raises_catalogue
+from tests.support.moe_layers import SPECS, make_inputs, make_layer
+from tests.support.oracle import assert_near_exact
+
+EXPERTS, TOP_K, CAPACITY, HIDDEN = 4, 2, 5, 8
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    store = tmp_path_factory.mktemp("group") / "store"
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "ep"))
+    distributed.destroy_process_group()
+
+
+def plan_of(mesh, **options):
+    return ExchangePlan(ParallelConfig(mesh, dim="ep", **options), EXPERTS, TOP_K, CAPACITY)
+
+
+def tokens(count=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-1, EXPERTS + 1, (count, TOP_K), generator=generator)
+    return torch.randn(count, HIDDEN, generator=generator), ids, torch.rand(count, TOP_K, generator=generator)
+
+
+def identity(out):
+    """Experts that return what they get: the slots of the rows that have one."""
+    rows, slots = out.recv_hidden_states, out.recv_local_expert_ids.shape[1]
+    return rows.repeat_interleave(slots, dim=0) * (out.recv_local_expert_ids.reshape(-1, 1) >= 0)
+
+
+@pytest.fixture(params=["naive", "static"])
+def dispatcher(request, mesh):
+    return build_token_dispatcher(request.param, plan_of(mesh))
+
+
+def test_stages(dispatcher):
+    assert dispatcher.stage is DispatcherStage.INITIAL
+    for seed in range(2):
+        hidden, ids, weights = tokens(seed=seed)
+        out = dispatcher.dispatch(hidden, ids, weights)
+        assert dispatcher.stage is DispatcherStage.DISPATCHED
+        assert out.recv_weights.shape == out.recv_local_expert_ids.shape
+        back = dispatcher.combine(identity(out), out.metadata)
+        assert dispatcher.stage is DispatcherStage.COMBINED
+        wanted = hidden * (weights * ((ids >= 0) & (ids < EXPERTS))).sum(1, keepdim=True)
+        torch.testing.assert_close(back, wanted)
+
+
+def test_calls_out_of_order_are_refused(dispatcher):
+    with raises_catalogue(MoEStageError, expected="`dispatch` first", got="stage INITIAL"):
+        dispatcher.combine(torch.zeros(0, HIDDEN), None)
+    first = dispatcher.dispatch(*tokens())
+    with raises_catalogue(MoEStageError, where="dispatch", expected="`combine` of the tokens", got="stage DISPATCHED"):
+        dispatcher.dispatch(*tokens())
+    slots = identity(first)
+    dispatcher.combine(slots, first.metadata)
+    with raises_catalogue(MoEStageError, expected="`dispatch` first", got="stage COMBINED"):
+        dispatcher.combine(slots, first.metadata)
+    dispatcher.dispatch(*tokens())
+    with raises_catalogue(MoEStageError, expected="metadata of the last `dispatch`", got="stage DISPATCHED"):
+        dispatcher.combine(slots, first.metadata)
+    dispatcher.reset()
+    assert dispatcher.stage is DispatcherStage.COMBINED
+    dispatcher.dispatch(*tokens())
+
+
+def test_a_refused_call_leaves_the_stage(dispatcher):
+    hidden, ids, weights = tokens()
+    with raises_catalogue(MoEShapeError, expected="ids [3, 2]", got="shape (3, 1)"):
+        dispatcher.dispatch(hidden, ids[:, :1], weights)
+    with raises_catalogue(MoEShapeError, expected="weights [3, 2]", got="shape (2, 2)"):
+        dispatcher.dispatch(hidden, ids, weights[:2])
+    with raises_catalogue(MoERangeError, expected=f"at most {CAPACITY} tokens", got="6"):
+        dispatcher.dispatch(*tokens(6))
+    assert dispatcher.stage is DispatcherStage.INITIAL
+
+
+def test_records_describe_the_exchange(mesh, monkeypatch):
+    from diffulex.moe import metadata
+
+    monkeypatch.setattr(metadata, "SETTINGS", Settings(debug=True))
+    hidden, ids, weights = tokens()
+    out = build_token_dispatcher("naive", plan_of(mesh)).dispatch(hidden, ids, weights)
+    record, valid = out.metadata, (ids >= 0) & (ids < EXPERTS)
+    assert record.num_tokens == 3 and record.send_splits == record.recv_splits == (int(valid.sum()),)
+    assert torch.equal(out.recv_local_expert_ids.squeeze(1), ids[valid].int())
+    assert torch.equal(record.recv_weights, weights[valid])
+    assert torch.equal(record.recv_token_indices, valid.nonzero()[:, 0].int())
+    assert torch.equal(record.recv_hidden_states, hidden[valid.nonzero()[:, 0]])
+
+
+def test_static_rows_have_fixed_places(mesh):
+    hidden, ids, weights = tokens()
+    out = build_token_dispatcher("static", plan_of(mesh)).dispatch(hidden, ids, weights)
+    assert out.recv_hidden_states.shape == (CAPACITY, HIDDEN) and out.recv_local_expert_ids.shape == (CAPACITY, TOP_K)
+    assert torch.equal(out.recv_hidden_states[:3], hidden) and not out.recv_hidden_states[3:].any()
+    assert torch.equal(out.recv_local_expert_ids[:3], torch.where((ids >= 0) & (ids < EXPERTS), ids, -1).int())
+    assert (out.recv_local_expert_ids[3:] == -1).all()
+    assert torch.equal(out.recv_weights[:3], weights)
+
+
+def test_unknown_backends_are_refused(mesh):
+    with raises_catalogue(MoEOptionError, expected="backend in ('naive', 'static', 'deepep')", got="'ring'"):
+        build_token_dispatcher("ring", plan_of(mesh))
+
+
+def test_deepep_has_to_be_installed(mesh, monkeypatch):
+    monkeypatch.setitem(sys.modules, "deep_ep", None)
+    with raises_catalogue(MoEUnsupportedError, expected="the package deep_ep", got="deep_ep"):
+        build_token_dispatcher("deepep", plan_of(mesh))
+    with pytest.raises(MoEParallelError, match=r"on rank 0: \[MOE006\]"):
+        EPFusedMoE(SPECS["qwen3"], parallel=ParallelConfig(mesh, dim="ep", dispatcher="deepep"))
+
+
+class StubBuffer:
+    """What `DeepEPDispatcher` calls of `deep_ep.Buffer`, for one rank."""
+
+    made = 0
+    hints = SimpleNamespace(
+        get_nvl_buffer_size_hint=lambda row_bytes, size: row_bytes * size,
+        get_rdma_buffer_size_hint=lambda row_bytes, size: 0,
+    )
+
+    def __init__(self, group, num_nvl_bytes, num_rdma_bytes):
+        assert (group.size(), num_nvl_bytes, num_rdma_bytes) == (1, 2 * HIDDEN, 0)
+        type(self).made += 1
+
+    @classmethod
+    def get_dispatch_config(cls, size):
+        return cls.hints
+
+    get_combine_config = get_dispatch_config
+
+    def get_dispatch_layout(self, topk_idx, num_experts):
+        assert topk_idx.dtype == torch.int64 and num_experts == EXPERTS
+        assert ((topk_idx >= -1) & (topk_idx < EXPERTS)).all()
+        return "per rank", None, "per expert", (topk_idx >= 0).any(1, keepdim=True), None
+
+    def dispatch(self, x, **given):
+        assert x.dtype == torch.bfloat16 and given["topk_weights"].dtype == torch.float32
+        assert (given["num_tokens_per_rank"], given["num_tokens_per_expert"]) == ("per rank", "per expert")
+        here = given["is_token_in_rank"][:, 0]
+        return x[here], given["topk_idx"][here], given["topk_weights"][here], [], here, None
+
+    def combine(self, x, handle):
+        out = x.new_zeros(handle.shape[0], x.shape[1])
+        out[handle] = x
+        return out, None, None
+
+
+def test_deepep_is_called_as_it_asks(mesh, monkeypatch):
+    module = ModuleType("deep_ep")
+    module.Buffer = StubBuffer
+    monkeypatch.setitem(sys.modules, "deep_ep", module)
+    dispatcher = build_token_dispatcher("deepep", plan_of(mesh))
+    for seed in range(2):
+        hidden, ids, weights = tokens(seed=seed)
+        out = dispatcher.dispatch(hidden, ids, weights)
+        back = dispatcher.combine(identity(out), out.metadata)
+        wanted = hidden * (weights * ((ids >= 0) & (ids < EXPERTS))).sum(1, keepdim=True)
+        assert back.dtype == hidden.dtype and StubBuffer.made == 1
+        torch.testing.assert_close(back, wanted, rtol=2e-2, atol=2e-2)
+    with raises_catalogue(MoEUnsupportedError, expected="a call without gradients"):
+        dispatcher.dispatch(hidden.requires_grad_(), ids, weights)
+    with raises_catalogue(MoEUnsupportedError, expected="equally many consecutive experts"):
+        build_token_dispatcher("deepep", plan_of(mesh, placement=ExpertPlacement(((1, 0, 2, 3),))))
+
+
+CONFIG = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 16,
+    "moe_intermediate_size": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "mlp_only_layers": [1],
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+}
+
+
+def test_layers_are_built_from_a_parallel_config(mesh):
+    ep, tp = (ParallelConfig(mesh, mode, dim="ep") for mode in ("ep", "tp"))
+    assert isinstance(build_mlp_or_moe(CONFIG, 0, torch.nn.Identity, parallel=ep), EPFusedMoE)
+    assert isinstance(build_mlp_or_moe(CONFIG, 0, torch.nn.Identity, parallel=tp), TPFusedMoE)
+    assert isinstance(build_mlp_or_moe(CONFIG, 1, torch.nn.Identity, parallel=ep), torch.nn.Identity)
+    layer = build_moe_block("ep", CONFIG, 0, parallel=ep, device="meta", dtype=torch.bfloat16)
+    assert layer.w13.is_meta and layer.w13.dtype == torch.bfloat16 and layer.owned_experts == (0, 1, 2, 3)
+    assert not layer.dispatcher.rank_of_expert.is_meta
+    with pytest.raises(MoEOptionError, match="a ParallelConfig for 'tp' and 'ep'"):
+        build_moe_block("ep", CONFIG, 0)
+    with pytest.raises(MoEOptionError, match="none for 'naive'"):
+        build_moe_block("naive", CONFIG, 0, parallel=ep)
+    with pytest.raises(MoEParallelError, match="a ParallelConfig of mode 'tp', got 'ep'"):
+        build_moe_block("tp", CONFIG, 0, parallel=ep)
+    with pytest.raises(MoEParallelError, match=r"dim in \('dp', 'ep'\)"):
+        build_moe_block("ep", CONFIG, 0, parallel=ParallelConfig(mesh))
+    with pytest.raises(MoEParallelError, match="'triton' or 'naive', got 'vllm'"):
+        build_moe_block("ep", CONFIG, 0, parallel=ep, moe_gemm_impl="vllm")
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("options", [{}, {"dispatcher": "static", "max_tokens_per_rank": 9}, {"mode": "tp"}], ids=str)
+def test_every_form_of_layer_on_one_rank(mesh, name, options):
+    spec, whole = SPECS[name], make_layer(SPECS[name])
+    kind = TPFusedMoE if options.get("mode") == "tp" else EPFusedMoE
+    layer = kind(spec, parallel=ParallelConfig(mesh, dim="ep", **options), dtype=torch.float64).eval()
+    layer.load_full(whole.state_dict())
+    for count in (0, 1, 9):
+        inputs = make_inputs(spec, count)
+        with torch.no_grad():
+            found, wanted = (which(inputs.hidden_TH, **inputs.given)[0] for which in (layer, whole))
+        assert_near_exact(found, wanted)
+
+
+def test_load_full_names_what_does_not_fit(mesh):
+    spec = SPECS["deepseek_v3"]
+    layer, state = EPFusedMoE(spec, parallel=ParallelConfig(mesh, dim="ep")), make_layer(spec).state_dict()
+    with pytest.raises(MoECheckpointError, match="w2 missing, none more"):
+        layer.load_full({name: tensor for name, tensor in state.items() if name != "w2"})
+    with pytest.raises(MoECheckpointError, match="none missing, b2, more more"):
+        layer.load_full(state | {"more": state["w2"], "b2": state["w2"]})
+
+
+def test_a_dispatcher_is_made_for_one_plan(mesh):
+    plan = plan_of(mesh)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.top_k = 3
+    assert plan.placement == ExpertPlacement(((0, 1, 2, 3),))
+    assert ExpertPlacement.even(7, 3).owned == ((0, 1, 2), (3, 4), (5, 6))

@@ -1,0 +1,286 @@
+"""Layers over four gloo processes, or two pairs of them, against the layer on one rank that has all tokens."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from diffulex.distributed import ExpertPlacement
+from diffulex.moe import MoESpec
+from lowering.spec import RoutingSpec
+from tests.support import rank_cases
+from tests.support.moe_layers import SPECS, swiglu_experts, widened
+from tests.support.oracle import assert_near_exact, assert_oracle_ratio
+from tests.support.rank_cases import Case, expert_results
+from tests.support.ranks import RankError, running
+
+RANKS = 4
+STATIC = (("dispatcher", "static"), ("max_tokens_per_rank", 9))
+EXCHANGES = {"naive": (), "static": STATIC, "sums": (*STATIC, ("exact", False))}
+SPLITS = {"experts": (("mode", "tp"),), "width": (("mode", "tp"), ("shard", "width"))}
+OF_EXPERTS = ("w13", "w2", "b13", "b2")
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with running(RANKS) as group:
+        yield group
+
+
+def single_rank(case, dtype=None):
+    """The layer on one rank, with the same rounded numbers in a wider dtype where asked."""
+    layer, inputs = case.whole_layer(), case.all_inputs()
+    if dtype is not None:
+        layer, inputs = layer.to(dtype), [t.to(dtype) if t.is_floating_point() else t for t in inputs]
+    torch.set_num_threads(1)
+    return expert_results(layer, *inputs)
+
+
+def owned_by(case, size):
+    placement = dict(case.options).get("placement")
+    return placement or ExpertPlacement.even(case.spec.experts.num_experts, size)
+
+
+def joined(parts, case):
+    """The results of the ranks as those of one: tokens one rank's after the other's, experts in their order."""
+    if case.mode == "tp":
+        whole = {name: parts[0][name] for name in ("out", "hidden", "weights")}
+        if dict(case.options).get("shard") == "width":
+            return whole
+    else:
+        whole = {name: torch.cat([part[name] for part in parts]) for name in ("out", "hidden", "weights")}
+    experts = [e for owned in owned_by(case, len(parts)).owned for e in owned]
+    for name in OF_EXPERTS:
+        if name in parts[0]:
+            rows = torch.cat([part[name] for part in parts])
+            whole[name] = torch.empty_like(rows)
+            whole[name][experts] = rows
+    return whole
+
+
+def assert_bitwise(found, wanted, names):
+    for name in names:
+        assert torch.equal(found[name], wanted[name]), f"{name}: {(found[name] - wanted[name]).abs().max()}"
+
+
+@st.composite
+def placements(draw, num_experts, size):
+    """Any experts on any rank, in any order, at least one on each."""
+    order = draw(st.permutations(range(num_experts)))
+    cuts = sorted(draw(st.sets(st.integers(1, num_experts - 1), min_size=size - 1, max_size=size - 1)))
+    bounds = [0, *cuts, num_experts]
+    return ExpertPlacement(tuple(tuple(order[a:b]) for a, b in itertools.pairwise(bounds)))
+
+
+@st.composite
+def cases(draw, options, *, aligned=True):
+    """Layers of any kind. aligned: rows of 64 bytes or a multiple, as CPU GEMMs round by the alignment of what they
+    read, also on one rank."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float64) if aligned else (torch.float64,)
+    sizes = st.sampled_from([32, 64]) if aligned else st.integers(RANKS, 19)
+    num_experts = draw(st.integers(RANKS, 9))
+    top_k = draw(st.integers(1, min(4, num_experts)))
+    place = draw(st.sampled_from(["output", "output", "input"]))
+    experts = swiglu_experts(num_experts, draw(sizes), draw(sizes))
+    experts = dataclasses.replace(experts, bias=draw(st.booleans()), interleaved=draw(st.booleans()))
+    spec = MoESpec(experts.hidden_size, RoutingSpec(top_k, apply_weight_on=place), experts)
+    if draw(st.booleans()) and not dict(options).get("shard"):
+        options = (*options, ("placement", draw(placements(num_experts, RANKS))))
+    tokens = tuple(draw(st.lists(st.sampled_from([0, 0, 1, 2, 9]), min_size=RANKS, max_size=RANKS)))
+    return Case(spec, tokens, draw(st.sampled_from(dtypes)), options, seed=draw(st.integers(0, 99)))
+
+
+@given(cases(EXCHANGES["naive"]))
+def test_naive_exchange_equals_one_rank_bitwise(ranks, case):
+    found, wanted = joined(ranks.run(rank_cases.run_experts, case, RANKS), case), single_rank(case)
+    assert found.keys() == wanted.keys()
+    assert_bitwise(found, wanted, wanted)
+
+
+@given(cases(EXCHANGES["static"]))
+def test_static_exchange_equals_one_rank_bitwise(ranks, case):
+    """Hidden states apart, whose gradient is added up per rank first."""
+    found, wanted = joined(ranks.run(rank_cases.run_experts, case, RANKS), case), single_rank(case)
+    assert found.keys() == wanted.keys()
+    assert_bitwise(found, wanted, wanted.keys() - {"hidden"})
+    if case.dtype == torch.float64:
+        assert_near_exact(found["hidden"], wanted["hidden"], what="hidden")
+
+
+@given(
+    st.sampled_from(["sums", "experts", "width"]).flatmap(lambda n: cases({**EXCHANGES, **SPLITS}[n], aligned=False))
+)
+def test_sums_over_ranks_equal_one_rank(ranks, case):
+    parts, wanted = ranks.run(rank_cases.run_experts, case, RANKS), single_rank(case)
+    found = joined(parts, case)
+    for name, value in found.items():
+        assert_near_exact(value, wanted[name], what=name)
+    if case.mode == "tp":
+        for name in ("out", "hidden", "weights"):
+            assert all(torch.equal(part[name], parts[0][name]) for part in parts), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", [*EXCHANGES, *SPLITS])
+def test_rounding_is_that_of_one_rank(ranks, how, dtype):
+    spec = widened(SPECS["gpt_oss"], hidden=64, width=48)
+    case = Case(spec, (9, 5, 0, 9), dtype, {**EXCHANGES, **SPLITS}[how])
+    found = joined(ranks.run(rank_cases.run_experts, case, RANKS), case)
+    eager, oracle = single_rank(case), single_rank(case, torch.float64)
+    for name, value in found.items():
+        assert_oracle_ratio(value, eager[name], oracle[name], what=name)
+
+
+@pytest.mark.parametrize("how", [*EXCHANGES, *SPLITS])
+@pytest.mark.parametrize(
+    "name", ["qwen2_moe", "inkling", "longcat", "nemotron_h", "gpt_oss", "weight_on_input", "jetmoe"]
+)
+def test_whole_layers(ranks, name, how):
+    case = Case(SPECS[name], (5, 0, 9, 2), torch.float64, {**EXCHANGES, **SPLITS}[how])
+    parts = ranks.run(rank_cases.run_layer, case, RANKS)
+    hidden_TH = torch.randn(16, 8, generator=torch.Generator().manual_seed(3)).double()
+    wanted = rank_cases.layer_results(case.whole_layer(), hidden_TH)
+    for key in ("out", "logits", "hidden"):
+        found = parts[0][key] if case.mode == "tp" else torch.cat([part[key] for part in parts])
+        assert_near_exact(found, wanted[key], what=key)
+    for key in wanted.keys() - {"out", "logits", "hidden", *OF_EXPERTS}:
+        if case.mode == "tp":
+            assert_near_exact(parts[0][key], wanted[key], what=key)
+        else:
+            assert_near_exact(sum(part[key] for part in parts), wanted[key], what=key)
+
+
+@pytest.mark.parametrize("impl", ["triton", "naive"])
+@pytest.mark.parametrize("how", [*EXCHANGES, *SPLITS])
+def test_two_replicas_of_two_ranks(ranks, how, impl):
+    """A mesh of data-parallel replicas: each pair exchanges its tokens, also when another implementation runs them."""
+    case = Case(SPECS["qwen3"], (3, 8), torch.float64, {**EXCHANGES, **SPLITS}[how], impl=impl)
+    parts, wanted = ranks.run(rank_cases.run_experts, case, 2, 2), single_rank(case)
+    for pair in (parts[:2], parts[2:]):
+        for name, value in joined(pair, case).items():
+            assert_near_exact(value, wanted[name], what=name)
+
+
+@pytest.mark.parametrize("tokens", [(0, 0, 0, 0), (0, 0, 7, 0)], ids=str)
+@pytest.mark.parametrize("how", [*EXCHANGES, "experts"])
+def test_ranks_without_tokens(ranks, how, tokens):
+    case = Case(SPECS["mixtral"], tokens, torch.float64, {**EXCHANGES, **SPLITS}[how])
+    found, wanted = joined(ranks.run(rank_cases.run_experts, case, RANKS), case), single_rank(case)
+    for name, value in found.items():
+        assert_near_exact(value, wanted[name], what=name)
+
+
+STEPS = ((0, 1, 0, 1), (1, 0, 1, 1), (5, 9, 9, 2), (9, 2, 7, 0), (3, 0, 1, 8))
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(("name", "how"), [("qwen2_moe", "static"), ("weight_on_input", "static"), ("qwen3", "sums")])
+def test_static_exchange_compiles_into_one_graph(ranks, name, how, train):
+    case = Case(SPECS[name], (), torch.float64, EXCHANGES[how])
+    for told in ranks.run(rank_cases.run_compiled, case, RANKS, "aot_eager", STEPS, train):
+        assert told["graphs"] <= 3 and told["stage"] == "COMBINED"
+        for found, wanted in told["results"]:
+            for key, value in wanted.items():
+                assert_near_exact(found[key], value, what=key)
+
+
+@pytest.mark.slow
+def test_inductor_compiles_the_static_exchange(ranks):
+    case = Case(SPECS["qwen3"], (), torch.float64, STATIC)
+    for told in ranks.run(rank_cases.run_compiled, case, RANKS, "inductor", STEPS[2:4], False):
+        for found, wanted in told["results"]:
+            assert_near_exact(found["out"], wanted["out"])
+
+
+@pytest.mark.parametrize(
+    "options", [(), (("placement", ExpertPlacement(((5,), (7, 0), (1, 2, 6), (4, 3)))),), SPLITS["experts"]]
+)
+def test_each_rank_loads_its_experts_from_a_checkpoint(ranks, options, tmp_path):
+    case = Case(SPECS["qwen3"], (), torch.float32, options)
+    names = {"gate.weight": "gate.weight", "w13": "experts.gate_up_proj", "w2": "experts.down_proj"}
+    state = case.whole_layer().state_dict()
+    stored = {f"model.layers.0.mlp.{names[name]}": tensor.contiguous() for name, tensor in state.items()}
+    save_file(stored | {"model.norm.weight": torch.ones(2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for rank, told in enumerate(ranks.run(rank_cases.run_checkpoint, case, RANKS, str(tmp_path))):
+        assert told["owned"] == owned_by(case, RANKS).owned[rank] and told["rest"] == ["model.norm.weight"]
+        assert_bitwise(told["loaded"], told["wanted"], told["wanted"])
+
+
+def test_new_layers_agree_on_what_is_replicated(ranks):
+    spec = SPECS["deepseek_v3"]
+    for options in ((), SPLITS["width"]):
+        made = ranks.run(rank_cases.make_fresh, Case(spec, (), options=options), RANKS)
+        for name in made[0].keys() - {"text", *OF_EXPERTS}:
+            assert all(torch.equal(state[name], made[0][name]) for state in made), name
+        assert not torch.equal(made[0]["w2"], made[1]["w2"])
+    assert (
+        "8 of E=8, 2 of I=6" in made[0]["text"] and "1 of I=6" in made[3]["text"] and "rank 3 of 4" in made[3]["text"]
+    )
+
+
+BASE = Case(SPECS["qwen3"], (), options=(("dispatcher", "naive"),))
+
+
+def changed(**changes):
+    routing = dataclasses.replace(BASE.spec.routing, **changes)
+    return dataclasses.replace(BASE, spec=dataclasses.replace(BASE.spec, routing=routing))
+
+
+@pytest.mark.parametrize(
+    ("others", "text"),
+    [
+        ({2: changed(top_k=3)}, "routing.top_k 2 on ranks 0, 1, 3, 3 on rank 2"),
+        ({1: changed(scale=2.0), 3: changed(scale=2.0)}, "routing.scale 1.0 on ranks 0, 2, 2.0 on ranks 1, 3"),
+        (
+            {3: dataclasses.replace(BASE, options=STATIC)},
+            "dispatcher 'naive' on ranks 0, 1, 2, 'static' on rank 3; max_",
+        ),
+        (
+            {0: dataclasses.replace(BASE, dtype=torch.bfloat16)},
+            "dtype torch.bfloat16 on rank 0, torch.float32 on ranks",
+        ),
+        (
+            {0: dataclasses.replace(BASE, options=SPLITS["experts"])},
+            "layer TPFusedMoE on rank 0, EPFusedMoE on ranks 1",
+        ),
+        (
+            {1: dataclasses.replace(BASE, options=(("placement", ExpertPlacement(((7, 6), (5, 4), (3, 2), (1, 0)))),))},
+            "placement None on ranks 0, 2, 3, ((7, 6), (5, 4), (3, 2), (1, 0)) on rank 1",
+        ),
+        ({2: dataclasses.replace(BASE, options=(("dispatcher", "ring"),))}, "on rank 2: [MOE005] ParallelConfig"),
+        ({2: dataclasses.replace(BASE, options=STATIC[:1])}, "max_tokens_per_rank >= 1"),
+    ],
+)
+def test_what_differs_is_named_on_every_rank(ranks, others, text):
+    told = ranks.run(rank_cases.make_mismatched, tuple(others.get(rank, BASE) for rank in range(RANKS)))
+    assert all(message.startswith("MoEParallelError [MOE009]") and text in message for message in told), told
+    assert ranks.run(rank_cases.make_mismatched, (BASE,) * RANKS) == ["no error"] * RANKS
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "text"),
+    [
+        (
+            dataclasses.replace(BASE.spec, experts=swiglu_experts(3)),
+            (),
+            r"one expert for each of 4 ranks, got \[1, 1, 1, 0\]",
+        ),
+        (dataclasses.replace(BASE.spec, experts=swiglu_experts(8, width=3)), SPLITS["width"], "as wide as there are"),
+        (BASE.spec, (("placement", ExpertPlacement(((0,), (1,), (2,), (3,)))),), "each expert of 8 on one rank"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused_everywhere(ranks, spec, options, text):
+    case = Case(spec, (), options=options)
+    told = ranks.run(rank_cases.make_mismatched, (case,) * RANKS)
+    with pytest.raises(AssertionError, match=text):
+        raise AssertionError(told[0])
+    assert all(message.startswith("MoEParallelError") for message in told)
+
+
+def test_an_error_on_a_rank_reaches_the_test(ranks):
+    with pytest.raises(RankError, match=r"rank 0:[\s\S]*at most 9 tokens, got 10"):
+        ranks.run(rank_cases.run_experts, Case(SPECS["qwen3"], (10,) * RANKS, options=STATIC), RANKS)

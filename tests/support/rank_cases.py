@@ -1,0 +1,174 @@
+"""What the ranks of a test run: a layer over several ranks on the tokens given to each, with gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from diffulex.distributed import ParallelConfig
+from diffulex.moe import EPFusedMoE, MoESpec, NaiveFusedMoE, TPFusedMoE
+from tests.support.moe_layers import make_layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layer and how its experts are spread; `tokens[r]` is for rank r ("tp": the first count for all)."""
+
+    spec: MoESpec
+    tokens: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    options: tuple[tuple[str, Any], ...] = ()
+    seed: int = 0
+    impl: str = "triton"
+
+    @property
+    def mode(self) -> str:
+        """ "ep" or "tp"."""
+        return dict(self.options).get("mode", "ep")
+
+    def whole_layer(self) -> NaiveFusedMoE:
+        """The layer on one rank."""
+        return make_layer(self.spec, self.impl, seed=self.seed, dtype=self.dtype)
+
+    def all_inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [T, H] and weights [T, K] in it or fp32, ids [T, K] with some that are no expert; T of all ranks."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        total, top_k = sum(self.tokens), self.spec.routing.top_k
+        inner = self.spec.experts.hidden_size
+        hidden_TH = torch.randn(total, inner, generator=generator).to(self.dtype)
+        weights_TK = torch.rand(total, top_k, generator=generator)
+        weights_TK = weights_TK.to(torch.promote_types(self.dtype, torch.float32))
+        ids_TK = torch.randint(-1, self.spec.experts.num_experts + 1, (total, top_k), generator=generator)
+        return hidden_TH, weights_TK, ids_TK
+
+    def part(self, tensor: Tensor, rank: int) -> Tensor:
+        """The rows of one rank; all of them under "tp"."""
+        if self.mode == "tp":
+            return tensor
+        start = sum(self.tokens[:rank])
+        return tensor[start : start + self.tokens[rank]]
+
+
+@functools.cache
+def mesh_of(size: int, replicas: int = 1) -> DeviceMesh:
+    """Experts over `size` ranks, the rest replicas."""
+    return init_device_mesh("cpu", (replicas, size), mesh_dim_names=("dp", "ep"))
+
+
+def make_sharded(case: Case, size: int, replicas: int = 1) -> Any:
+    """This rank's part of the layer, with the weights of the whole one."""
+    kind = EPFusedMoE if case.mode == "ep" else TPFusedMoE
+    parallel = ParallelConfig(mesh_of(size, replicas), dim="ep", **dict(case.options))
+    spec = dataclasses.replace(case.spec, moe_gemm_impl=case.impl)
+    layer = kind(spec, parallel=parallel, dtype=case.dtype).eval()
+    layer.load_full(case.whole_layer().state_dict())
+    return layer
+
+
+def expert_results(layer: Any, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> dict[str, Tensor]:
+    """Output and gradients of the routed experts."""
+    hidden_TH, weights_TK = (t.detach().clone().requires_grad_() for t in (hidden_TH, weights_TK))
+    out_TH = layer.run_experts(hidden_TH, weights_TK, ids_TK)
+    leaves = {"hidden": hidden_TH, "weights": weights_TK}
+    leaves |= {n: p for n in ("w13", "w2", "b13", "b2") if (p := getattr(layer, n)) is not None}
+    grads = torch.autograd.grad(out_TH, list(leaves.values()), loss_gradient(out_TH, hidden_TH), allow_unused=True)
+    named = zip(leaves.items(), grads, strict=True)
+    return {"out": out_TH.detach()} | {n: torch.zeros_like(t) if g is None else g for (n, t), g in named}
+
+
+def loss_gradient(out_TH: Tensor, hidden_TH: Tensor) -> Tensor:
+    """A gradient [T, H] that goes with the token, whichever rank it is on."""
+    return (hidden_TH.detach().double() * 1.7).sin().to(out_TH.dtype)
+
+
+def run_experts(rank: int, case: Case, size: int, replicas: int = 1) -> dict[str, Tensor]:
+    """Output and gradients of the routed experts on this rank."""
+    layer = make_sharded(case, size, replicas)
+    parts = [case.part(tensor, rank % size) for tensor in case.all_inputs()]
+    return expert_results(layer, *parts)
+
+
+def run_layer(rank: int, case: Case, size: int) -> dict[str, Tensor]:
+    """Output, logits and gradients of the whole layer on this rank, under its own parameters."""
+    layer = make_sharded(case, size)
+    total = sum(case.tokens)
+    hidden = torch.randn(total, case.spec.hidden_size, generator=torch.Generator().manual_seed(3)).to(case.dtype)
+    return layer_results(layer, case.part(hidden, rank))
+
+
+def layer_results(layer: Any, hidden_TH: Tensor) -> dict[str, Tensor]:
+    """Output, logits and gradients of hidden states and parameters."""
+    hidden_TH = hidden_TH.detach().clone().requires_grad_()
+    out_TH, logits_TC = layer(hidden_TH)
+    leaves = {
+        "hidden": hidden_TH,
+        **{n.removeprefix("_orig_mod."): p for n, p in layer.named_parameters() if p.requires_grad},
+    }
+    grads = torch.autograd.grad(out_TH, list(leaves.values()), loss_gradient(out_TH, hidden_TH), allow_unused=True)
+    named = zip(leaves.items(), grads, strict=True)
+    found = {n: torch.zeros_like(t) if g is None else g for (n, t), g in named}
+    return {"out": out_TH.detach(), "logits": logits_TC.detach()} | found
+
+
+def run_compiled(
+    rank: int, case: Case, size: int, backend: str, steps: tuple[tuple[int, ...], ...], train: bool
+) -> dict[str, Any]:
+    """The layer compiled as one graph, over changing numbers of tokens: its graphs, and results beside eager ones."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    torch._dynamo.reset()
+    layer, graphs = make_sharded(case, size), []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(len(inputs))
+        return lookup_backend(backend)(graph, inputs)
+
+    compiled = torch.compile(layer, fullgraph=True, backend=counting)
+    results = []
+    for seed, counts in enumerate(steps):
+        generator = torch.Generator().manual_seed(rank + 10 * seed)
+        hidden_TH = torch.randn(counts[rank], case.spec.hidden_size, generator=generator).to(case.dtype)
+        with torch.set_grad_enabled(train):
+            if train:
+                results.append([layer_results(which, hidden_TH) for which in (compiled, layer)])
+            else:
+                results.append([{"out": which(hidden_TH)[0]} for which in (compiled, layer)])
+    return {"graphs": len(graphs), "results": results, "stage": layer.dispatcher.stage.name}
+
+
+def run_checkpoint(rank: int, case: Case, size: int, folder: str) -> dict[str, Tensor]:
+    """This rank's parameters after `load_checkpoint`, the names left over, and those after `load_full`."""
+    from diffulex.checkpoint import load_checkpoint
+
+    layer = make_sharded(case, size)
+    wanted = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    for parameter in layer.parameters():
+        torch.nn.init.constant_(parameter, 77.0)
+    rest = load_checkpoint({0: layer}, folder, model_type="qwen3_moe")
+    return {"loaded": layer.state_dict(), "wanted": wanted, "rest": rest, "owned": layer.owned_experts}
+
+
+def make_mismatched(rank: int, cases: tuple[Case, ...]) -> str:
+    """The error of a layer that every rank was given another case for."""
+    from lowering.errors import MoEErrorMixin
+
+    try:
+        make_sharded(cases[rank], len(cases))
+    except (ValueError, TypeError, RuntimeError) as error:
+        if not isinstance(error, MoEErrorMixin):
+            raise
+        return f"{type(error).__name__} {error}"
+    return "no error"
+
+
+def make_fresh(rank: int, case: Case, size: int) -> dict[str, Tensor]:
+    """The parameters of a new layer, drawn with a seed of the rank's own."""
+    torch.manual_seed(rank)
+    parallel = ParallelConfig(mesh_of(size), dim="ep", **dict(case.options))
+    layer = (EPFusedMoE if case.mode == "ep" else TPFusedMoE)(case.spec, parallel=parallel)
+    return {"text": repr(layer), **layer.state_dict()}
