@@ -93,10 +93,18 @@ class Report:
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:
     """Modules that hold experts, by name: modules called `experts`, and those with weights of rank 3 for `num_experts`.
 
-    A module with one such weight is half of a layer's experts: the module around it is given instead.
+    A module with one such weight is half of a layer's experts: the module around it is given instead. Modules swapped
+    by `diffulex.adapt` are given where the compiler meets their ops, and nothing below them.
     """
     found: dict[str, nn.Module] = {}
+    adapted: list[str] = []
     for name, module in model.named_modules():
+        if any(not outer or name.startswith(f"{outer}.") for outer in adapted):
+            continue
+        if getattr(module, "adapted_form", None):
+            adapted.append(name)
+            found[name.rpartition(".")[0] if module.called_by_parent else name] = module
+            continue
         banks = sum(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
         if name.rpartition(".")[2] == "experts" or (hasattr(module, "num_experts") and banks > 1):
             found[name] = module
@@ -156,7 +164,7 @@ def make_report(
 def _owner(decision: Decision, names: Collection[str]) -> str | None:
     """The experts a decision is about, of all those with these names: the longest name that fits."""
     layer = decision.layer
-    found = _fitting(layer, names)
+    found = _fitting(layer, names) or _only_end(layer, names)
     if found is None and decision.subject in _ROUTER_SUBJECTS:
         blocks = {name.rpartition(".")[0]: name for name in names}
         while layer and found is None:  # from the router outwards, to the first module that has experts
@@ -170,6 +178,12 @@ def _owner(decision: Decision, names: Collection[str]) -> str | None:
 def _fitting(layer: str, names: Iterable[str]) -> str | None:
     """The longest of the names that are the end of `layer`: what was compiled may hold the model that is explained."""
     return max((name for name in names if name and f".{layer}".endswith(f".{name}")), key=len, default=None)
+
+
+def _only_end(layer: str, names: Iterable[str]) -> str | None:
+    """The name that ends with `layer`, if it is the only one: what was compiled may be a part of the model."""
+    ends = [name for name in names if layer and name.endswith(f".{layer}")]
+    return ends[0] if len(ends) == 1 else None
 
 
 def _lines(decisions: Iterable[Decision]) -> tuple[str, ...]:

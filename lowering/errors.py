@@ -106,6 +106,9 @@ class ReasonCode(enum.Enum):
     NOT_POINTWISE = "the activation is not a pointwise formula of gate and up"
     EAGER_EXPERTS = "the model runs its own expert loop (experts_implementation='eager')"
     NO_INTERFACE = "the model's experts do not go through transformers' experts interface"
+    INTERFACE = "transformers' experts interface leads the model's experts to the ops"
+    UNLIKE = "through the ops the module does not compute what its own code does"
+    UNVERIFIED = "there is no output of the module's own code to compare with"
 
 
 @dataclasses.dataclass(frozen=True)
