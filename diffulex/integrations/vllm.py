@@ -14,6 +14,7 @@ import dataclasses
 import importlib
 import inspect
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -167,11 +168,42 @@ def _mapped(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return torch.where(valid_TK, ids_TK, num_experts).to(torch.int32), map_E1
 
 
-class VllmFusedExperts:
+class _VllmExperts(ABC):
+    """The experts through a kernel of vLLM, which takes the arguments of `_call`."""
+
+    impl: str
+    _activation: Any
+
+    def __call__(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+        """Weighted experts [T, H] in the dtype of hidden [T, H]; weights [T, K] floating, ids [T, K] int."""
+        _check(self.impl, hidden_TH, experts)
+        if hidden_TH.shape[0] == 0:
+            return torch.zeros_like(hidden_TH)
+        mapped_TK, map_E1 = _mapped(ids_TK, experts.w13_EJH.shape[0])
+        return self._call(
+            experts,
+            hidden_states=hidden_TH.contiguous(),
+            w1=experts.w13_EJH,
+            w2=experts.w2_EHI,
+            topk_weights=weights_TK.float(),
+            topk_ids=mapped_TK,
+            activation=self._activation,
+            apply_router_weight_on_input=False,
+            global_num_experts=map_E1.shape[0],
+            expert_map=map_E1,
+        )
+
+    @abstractmethod
+    def _call(self, experts: ExpertWeights, **arguments: Any) -> Tensor: ...
+
+
+class VllmFusedExperts(_VllmExperts):
     """`vllm...fused_moe.fused_experts` on a layer's weights."""
 
+    impl = "vllm"
+
     def __init__(self, spec: ExpertSpec) -> None:
-        vllm = _Vllm("vllm")
+        vllm = _Vllm(self.impl)
         self._fused_experts = vllm.take(
             _FUSED_MOE,
             "fused_experts",
@@ -186,45 +218,30 @@ class VllmFusedExperts:
             "expert_map",
             "quant_config",
         )
-        activation = _activation("vllm", spec)
+        activation = _activation(self.impl, spec)
         self._activation = vllm.member(f"{_FUSED_MOE}.activation", "MoEActivation", activation.name)
         self._biased: Callable[..., Any] | None = None
         if spec.bias:
             self._biased = vllm.take(f"{_FUSED_MOE}.config", "biased_moe_quant_config", "w1_bias", "w2_bias")
 
-    def __call__(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
-        """Weighted experts [T, H] in the dtype of hidden [T, H]; weights [T, K] floating, ids [T, K] int."""
-        _check("vllm", hidden_TH, experts)
-        if hidden_TH.shape[0] == 0:
-            return torch.zeros_like(hidden_TH)
-        num_experts = experts.w13_EJH.shape[0]
-        mapped_TK, map_E1 = _mapped(ids_TK, num_experts)
-        biases = (experts.b13_EJ, experts.b2_EH)
-        return self._fused_experts(
-            hidden_states=hidden_TH.contiguous(),
-            w1=experts.w13_EJH,
-            w2=experts.w2_EHI,
-            topk_weights=weights_TK.float(),
-            topk_ids=mapped_TK,
-            activation=self._activation,
-            apply_router_weight_on_input=False,
-            global_num_experts=num_experts + 1,
-            expert_map=map_E1,
-            quant_config=None if self._biased is None else self._biased(w1_bias=biases[0], w2_bias=biases[1]),
-        )
+    def _call(self, experts: ExpertWeights, **arguments: Any) -> Tensor:
+        quant = None if self._biased is None else self._biased(w1_bias=experts.b13_EJ, w2_bias=experts.b2_EH)
+        return self._fused_experts(**arguments, quant_config=quant)
 
 
-class VllmModularExperts:
+class VllmModularExperts(_VllmExperts):
     """vLLM's modular kernel on a layer's weights: `FusedMoEKernel` of `TritonExperts` on one device.
 
     The kernel is built at the first call, when device and dtype are known, and again when they change.
     """
 
+    impl = "vllm_modular"
+
     def __init__(self, spec: ExpertSpec) -> None:
-        vllm = _Vllm("vllm_modular")
+        vllm = _Vllm(self.impl)
         config, kernel = f"{_FUSED_MOE}.config", f"{_FUSED_MOE}.modular_kernel"
         self._vllm, self._spec = vllm, spec
-        self._form = _activation("vllm_modular", spec)
+        self._form = _activation(self.impl, spec)
         self._activation = vllm.member(f"{_FUSED_MOE}.activation", "MoEActivation", self._form.name)
         self._moe_config = vllm.take(
             config,
@@ -260,24 +277,9 @@ class VllmModularExperts:
         self._built: dict[tuple[Any, ...], Any] = {}
 
     @torch.compiler.disable(reason="vLLM's modular kernel allocates from a workspace of its own")
-    def __call__(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
-        """Weighted experts [T, H] in the dtype of hidden [T, H]; weights [T, K] floating, ids [T, K] int."""
-        _check("vllm_modular", hidden_TH, experts)
-        if hidden_TH.shape[0] == 0:
-            return torch.zeros_like(hidden_TH)
-        mapped_TK, map_E1 = _mapped(ids_TK, experts.w13_EJH.shape[0])
-        kernel = self._kernel_for(hidden_TH, ids_TK.shape[1], experts)
-        return kernel.apply(
-            hidden_states=hidden_TH.contiguous(),
-            w1=experts.w13_EJH,
-            w2=experts.w2_EHI,
-            topk_weights=weights_TK.float(),
-            topk_ids=mapped_TK,
-            activation=self._activation,
-            global_num_experts=map_E1.shape[0],
-            expert_map=map_E1,
-            apply_router_weight_on_input=False,
-        )
+    def _call(self, experts: ExpertWeights, **arguments: Any) -> Tensor:
+        kernel = self._kernel_for(arguments["hidden_states"], arguments["topk_ids"].shape[1], experts)
+        return kernel.apply(**arguments)
 
     def _kernel_for(self, hidden_TH: Tensor, top_k: int, experts: ExpertWeights) -> Any:
         key = (hidden_TH.device, hidden_TH.dtype, top_k, id(experts.b13_EJ), id(experts.b2_EH))

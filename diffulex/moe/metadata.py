@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from lowering import ops
-from lowering.errors import MoEDeviceError, MoEDtypeError, MoERangeError, MoEShapeError
+from lowering._checks import check_device, check_float, check_int, check_shape
+from lowering.errors import MoERangeError
 from lowering.settings import SETTINGS
 
 from .topk.output import TopKOutput
-
-_INTS = (torch.int32, torch.int64)
 
 
 class DispatcherStage(enum.Enum):
@@ -29,48 +28,9 @@ class DispatcherStage(enum.Enum):
     COMBINED = "combined"
 
 
-def _check_shape(where: str, name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
-    """`MoEShapeError` unless `tensor`, of any dtype, has this shape, e.g. (T, None) for [T, anything]."""
-    sizes = zip(shape, tensor.shape, strict=False)
-    fits = tensor.dim() == len(shape) and all(want in (None, size) for want, size in sizes)
-    if not fits:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise MoEShapeError.of(
-            where,
-            expected=f"{name} of shape [{wanted}]",
-            got=f"shape {tuple(tensor.shape)}",
-            hint="The tensors of one record describe the same tokens.",
-        )
-
-
-def _check_int(where: str, name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _INTS:
-        raise MoEDtypeError.of(
-            where,
-            expected=f"{name} in int32 or int64",
-            got=str(tensor.dtype),
-            hint="Ids and offsets are integers.",
-        )
-
-
-def _check_float(where: str, name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise MoEDtypeError.of(
-            where, expected=f"{name} in a floating dtype", got=str(tensor.dtype), hint="Check the order of arguments."
-        )
-
-
 def _check_devices(where: str, record: object, first: str, *others: str) -> None:
-    tensor: Tensor = getattr(record, first)  # by name: Dynamo does not look into `vars` of a frozen dataclass
-    for name in others:
-        other: Tensor = getattr(record, name)
-        if other.device != tensor.device:
-            raise MoEDeviceError.of(
-                where,
-                expected=f"{name} on {tensor.device} like {first}",
-                got=str(other.device),
-                hint="Move all tensors of the record to one device.",
-            )
+    for name in others:  # by name: Dynamo does not look into `vars` of a frozen dataclass
+        check_device(where, (first, getattr(record, first)), (name, getattr(record, name)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +53,13 @@ class RouterMetadata:
     def check(self) -> None:
         """Raise `MoEShapeError`, `MoEDtypeError` or `MoEDeviceError` where the tensors do not belong together."""
         where = "RouterMetadata"
-        _check_shape(where, "topk_ids", self.topk_ids, (None, None))
+        check_shape(where, "topk_ids", self.topk_ids, (None, None))
         num_tokens, top_k = self.topk_ids.shape
-        _check_shape(where, "topk_weights", self.topk_weights, (num_tokens, top_k))
-        _check_shape(where, "router_logits", self.router_logits, (num_tokens, None))
-        _check_int(where, "topk_ids", self.topk_ids)
-        _check_float(where, "topk_weights", self.topk_weights)
-        _check_float(where, "router_logits", self.router_logits)
+        check_shape(where, "topk_weights", self.topk_weights, (num_tokens, top_k))
+        check_shape(where, "router_logits", self.router_logits, (num_tokens, None))
+        check_int(where, "topk_ids", self.topk_ids)
+        check_float(where, "topk_weights", self.topk_weights)
+        check_float(where, "router_logits", self.router_logits)
         _check_devices(where, self, "topk_ids", "topk_weights", "router_logits")
 
     @classmethod
@@ -177,13 +137,13 @@ class DispatchMetadata:
             )
         if self.num_tokens < 0:
             raise MoERangeError.of(where, expected="num_tokens >= 0", got=str(self.num_tokens), hint="Count tokens.")
-        _check_shape(where, "recv_hidden_states", self.recv_hidden_states, (rows, None))
+        check_shape(where, "recv_hidden_states", self.recv_hidden_states, (rows, None))
         for name in ("recv_local_expert", "recv_token_indices", "recv_weights"):
-            _check_shape(where, name, getattr(self, name), (rows,))
-        _check_int(where, "recv_local_expert", self.recv_local_expert)
-        _check_int(where, "recv_token_indices", self.recv_token_indices)
-        _check_float(where, "recv_hidden_states", self.recv_hidden_states)
-        _check_float(where, "recv_weights", self.recv_weights)
+            check_shape(where, name, getattr(self, name), (rows,))
+        check_int(where, "recv_local_expert", self.recv_local_expert)
+        check_int(where, "recv_token_indices", self.recv_token_indices)
+        check_float(where, "recv_hidden_states", self.recv_hidden_states)
+        check_float(where, "recv_weights", self.recv_weights)
         names = ("recv_hidden_states", "recv_local_expert", "recv_token_indices", "recv_weights")
         _check_devices(where, self, *names)
 
@@ -215,11 +175,11 @@ class ExpertExecutionMetadata:
     def check(self) -> None:
         """Raise the error of the catalogue that says what does not fit: shapes, dtypes, devices, K."""
         where = "ExpertExecutionMetadata"
-        _check_shape(where, "sorted_slot_ids", self.sorted_slot_ids, (None,))
-        _check_shape(where, "packed_token_ids", self.packed_token_ids, (self.sorted_slot_ids.shape[0],))
-        _check_shape(where, "seg_indptr", self.seg_indptr, (None,))
+        check_shape(where, "sorted_slot_ids", self.sorted_slot_ids, (None,))
+        check_shape(where, "packed_token_ids", self.packed_token_ids, (self.sorted_slot_ids.shape[0],))
+        check_shape(where, "seg_indptr", self.seg_indptr, (None,))
         for name in ("sorted_slot_ids", "packed_token_ids", "seg_indptr"):
-            _check_int(where, name, getattr(self, name))
+            check_int(where, name, getattr(self, name))
         _check_devices(where, self, "sorted_slot_ids", "packed_token_ids", "seg_indptr")
         if self.top_k < 1 or self.sorted_slot_ids.shape[0] % self.top_k or self.seg_indptr.shape[0] < 2:
             raise MoERangeError.of(

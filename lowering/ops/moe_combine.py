@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check_device, check_float, check_rank, check_size
 from ..errors import MoEShapeError
-from ._checks import check_device, check_float, check_rank, check_size
 from ._library import register
 
 _NAME = "diffulex::moe_combine"

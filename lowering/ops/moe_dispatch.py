@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._checks import check_int, check_rank
 from ..errors import MoERangeError, MoEShapeError
-from ._checks import check_int, check_rank
 from ._library import register
 
 _NAME = "diffulex::moe_dispatch"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_device, check_float, check_int, check_rank, check_same, check_size
+from .._checks import check_device, check_float, check_int, check_rank, check_same, check_size
 from ._grouped import expert_of_rows
 from ._launch import launcher
 from ._library import register

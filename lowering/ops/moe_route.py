@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check_device, check_float, check_int, check_rank, check_size
 from ..spec import GROUP_SCORES, OP_OPTIONS, SCORES, RoutingSpec
-from ._checks import check_device, check_float, check_int, check_rank, check_size
 from ._library import register
 from ._route_aten import Routing, rounding, route, wide_dtype
 from ._route_backward import backward, setup_context

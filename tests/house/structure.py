@@ -15,7 +15,7 @@ from .source import PACKAGES, Source, functions, in_folders, parse, python_of_pa
 # Leaf first. A step may import what stands before it; the members of one step may not import one another.
 _ORDER = (
     ("errors",),
-    ("spec", "settings", "after_import"),
+    ("spec", "settings", "after_import", "_checks"),
     ("state",),
     ("activation",),
     ("reference",),

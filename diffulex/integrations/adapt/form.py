@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lowering import ops
+from lowering._checks import FLOATS
 from lowering.errors import Reason, ReasonCode
-from lowering.ops._checks import FLOATS
 from lowering.state import is_enabled
 
 from ..transformers import DEVICES

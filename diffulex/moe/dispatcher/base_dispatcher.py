@@ -9,7 +9,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lowering.errors import MoERangeError, MoEShapeError, MoEStageError
+from lowering._checks import check_shape
+from lowering.errors import MoERangeError, MoEStageError
 
 from ...distributed.parallel import ParallelConfig
 from ...distributed.placement import ExpertPlacement
@@ -124,14 +125,9 @@ class TokenDispatcher(ABC, Generic[M]):
 
     def _check(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
         where, tokens, top_k = type(self).__name__, hidden_TH.shape[0], self.plan.top_k
+        check_shape(where, "hidden", hidden_TH, (None, None))
         for name, tensor in (("ids", ids_TK), ("weights", weights_TK)):
-            if tensor.shape != (tokens, top_k):
-                raise MoEShapeError.of(
-                    where,
-                    expected=f"{name} [{tokens}, {top_k}]",
-                    got=f"shape {tuple(tensor.shape)}",
-                    hint="The plan says K, the hidden states say T.",
-                )
+            check_shape(where, name, tensor, (tokens, top_k))
         most = self.plan.max_tokens
         if most is not None and tokens > most:
             raise MoERangeError.of(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lowering.reference.moe_block import ExpertWeights
 
 from ...distributed.parallel import ParallelConfig
 from ..dispatcher import ExchangePlan, TokenDispatcher, build_token_dispatcher
-from .experts import weighted_on_input
 from .sharded import ShardedFusedMoE
 from .spec import MoESpec
 
@@ -29,17 +27,8 @@ class EPFusedMoE(ShardedFusedMoE):
 
     mode = "ep"
 
-    def __init__(
-        self,
-        spec: MoESpec,
-        *,
-        parallel: ParallelConfig,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(spec, parallel=parallel, device=device, dtype=dtype)
-        self._weight_on_input = spec.routing.apply_weight_on == "input"
-        self.dispatcher: TokenDispatcher[Any] = build_token_dispatcher(parallel.dispatcher, _plan(spec, parallel))
+    def _prepare(self, parallel: ParallelConfig) -> None:
+        self.dispatcher: TokenDispatcher[Any] = build_token_dispatcher(parallel.dispatcher, _plan(self.spec, parallel))
 
     @classmethod
     def _check_backend(cls, spec: MoESpec, parallel: ParallelConfig) -> None:
@@ -50,12 +39,9 @@ class EPFusedMoE(ShardedFusedMoE):
 
     def run_experts(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
         """Weighted sum of the routed experts: [T, H] floating, for hidden [T, H], weights [T, K] and ids [T, K] int."""
-        hidden_TH, experts = hidden_TH.to(self.w13.dtype), self.expert_weights
-        if self._weight_on_input:
-            return weighted_on_input(self._travel, hidden_TH, weights_TK, ids_TK, experts=experts)
-        return self._travel(hidden_TH, weights_TK, ids_TK, experts=experts)
+        return self._run_placed(hidden_TH.to(self.w13.dtype), weights_TK, ids_TK)
 
-    def _travel(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+    def _run_weighted(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
         sent = self.dispatcher.dispatch(hidden_TH, ids_TK, weights_TK)
         slots_NH = self._slots(sent.recv_hidden_states, sent.recv_local_expert_ids, experts=experts)
         return self.dispatcher.combine(slots_NH, sent.metadata)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor, distributed
 
 from lowering.activation import is_gated
 from lowering.errors import MoECheckpointError, MoEErrorMixin, MoEOptionError
+from lowering.reference.moe_block import ExpertWeights
 
 from ...distributed.agreement import check_agreement, flat_fields
 from ...distributed.parallel import ParallelConfig
 from .base import FusedMoE
-from .experts import slots_function
+from .experts import slots_function, weighted_on_input
 from .spec import MoESpec
 
 EXPERT_PARAMS = ("w13", "w2", "b13", "b2")
@@ -53,6 +55,7 @@ class ShardedFusedMoE(FusedMoE):
         super().__init__(spec, device=device, dtype=dtype)
         self.parallel = parallel
         self._slots = slots_function(spec)
+        self._weight_on_input = spec.routing.apply_weight_on == "input"
         self._split = parallel.mode == "tp" and parallel.shard == "width"
         num_experts, width = spec.experts.num_experts, spec.experts.intermediate_size
         self._width = parallel.width_of(width) if self._split else (0, width)
@@ -64,6 +67,21 @@ class ShardedFusedMoE(FusedMoE):
         if self._split and parallel.rank:
             self.register_parameter("b2", None)  # added once, by the first rank
         self._replicate()
+        self._prepare(parallel)
+
+    def _prepare(self, parallel: ParallelConfig) -> None:
+        """Make what `run_experts` needs beside the weights."""
+
+    @abstractmethod
+    def _run_weighted(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+        """The sum of this rank's experts, weighted on the output; see `RunExperts`."""
+
+    def _run_placed(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
+        """`_run_weighted` with the weight where the model has it."""
+        experts = self.expert_weights
+        if self._weight_on_input:
+            return weighted_on_input(self._run_weighted, hidden_TH, weights_TK, ids_TK, experts=experts)
+        return self._run_weighted(hidden_TH, weights_TK, ids_TK, experts=experts)
 
     def _problem(self, spec: MoESpec, parallel: ParallelConfig) -> BaseException | None:
         """Why this rank cannot make the layer, found before the ranks wait for one another."""

@@ -10,9 +10,7 @@ from lowering.reference.moe_block import ExpertWeights
 
 from ...distributed.collectives import copy_to_ranks, sum_of_ranks
 from ...distributed.parallel import ParallelConfig
-from .experts import weighted_on_input
 from .sharded import ShardedFusedMoE
-from .spec import MoESpec
 
 
 class TPFusedMoE(ShardedFusedMoE):
@@ -26,17 +24,8 @@ class TPFusedMoE(ShardedFusedMoE):
 
     mode = "tp"
 
-    def __init__(
-        self,
-        spec: MoESpec,
-        *,
-        parallel: ParallelConfig,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(spec, parallel=parallel, device=device, dtype=dtype)
+    def _prepare(self, parallel: ParallelConfig) -> None:
         self._group = parallel.group.group_name
-        self._weight_on_input = spec.routing.apply_weight_on == "input"
         self._row_of_expert: Tensor | None = None
         if not self._split:
             rows = [-1] * (self.num_experts + 1)
@@ -51,13 +40,10 @@ class TPFusedMoE(ShardedFusedMoE):
         if self._row_of_expert is not None:
             outside_TK = (ids_TK < 0) | (ids_TK >= self.num_experts)
             ids_TK = self._row_of_expert[torch.where(outside_TK, self.num_experts, ids_TK).long()]
-        if self._weight_on_input:
-            partial_TH = weighted_on_input(self._partial, hidden_TH, weights_TK, ids_TK, experts=self.expert_weights)
-        else:
-            partial_TH = self._partial(hidden_TH, weights_TK, ids_TK, experts=self.expert_weights)
+        partial_TH = self._run_placed(hidden_TH, weights_TK, ids_TK)
         return sum_of_ranks(partial_TH, self._group).to(hidden_TH.dtype)
 
-    def _partial(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+    def _run_weighted(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
         """This rank's share of the sum, in fp32 or wider."""
         slots_NH = self._slots(hidden_TH, ids_TK, experts=experts)
         wide = torch.promote_types(slots_NH.dtype, torch.float32)

@@ -98,10 +98,12 @@ def test_calls_out_of_order_are_refused(dispatcher):
 
 def test_a_refused_call_leaves_the_stage(dispatcher):
     hidden, ids, weights = tokens()
-    with raises_catalogue(MoEShapeError, expected="ids [3, 2]", got="shape (3, 1)"):
+    with raises_catalogue(MoEShapeError, expected="ids of shape [3, 2]", got="shape (3, 1)"):
         dispatcher.dispatch(hidden, ids[:, :1], weights)
-    with raises_catalogue(MoEShapeError, expected="weights [3, 2]", got="shape (2, 2)"):
+    with raises_catalogue(MoEShapeError, expected="weights of shape [3, 2]", got="shape (2, 2)"):
         dispatcher.dispatch(hidden, ids, weights[:2])
+    with raises_catalogue(MoEShapeError, expected="hidden of shape [any, any]", got="shape (1, 3, 8)"):
+        dispatcher.dispatch(hidden[None], ids, weights)
     with raises_catalogue(MoERangeError, expected=f"at most {CAPACITY} tokens", got="6"):
         dispatcher.dispatch(*tokens(6))
     assert dispatcher.stage is DispatcherStage.INITIAL

@@ -1,11 +1,11 @@
-"""Argument checks of the ops: static properties only, so they hold for symbolic sizes and cost a few 100 ns."""
+"""Checks of arguments and records: static properties only, so they hold for symbolic sizes and cost a few 100 ns."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..errors import MoEDeviceError, MoEDtypeError, MoEShapeError
+from .errors import MoEDeviceError, MoEDtypeError, MoEShapeError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTS = (torch.int32, torch.int64)
@@ -22,6 +22,18 @@ def check_rank(where: str, name: str, tensor: Tensor, rank: int) -> None:
         )
 
 
+def check_shape(where: str, name: str, tensor: Tensor, shape: tuple[int | None, ...]) -> None:
+    """`MoEShapeError` unless `tensor`, of any dtype, has this shape, e.g. (T, None) for [T, anything]."""
+    sizes = zip(shape, tensor.shape, strict=False)
+    if tensor.dim() != len(shape) or not all(want in (None, size) for want, size in sizes):
+        raise MoEShapeError.of(
+            where,
+            expected=f"{name} of shape [{', '.join('any' if size is None else str(size) for size in shape)}]",
+            got=f"shape {tuple(tensor.shape)}",
+            hint="Pass tensors that describe the same tokens.",
+        )
+
+
 def check_float(where: str, name: str, tensor: Tensor) -> None:
     """`MoEDtypeError` unless `tensor` of any shape [..., H] is fp32, fp16, bf16 or fp64."""
     if tensor.dtype not in FLOATS:
@@ -29,7 +41,7 @@ def check_float(where: str, name: str, tensor: Tensor) -> None:
             where,
             expected=f"{name} in fp32, fp16, bf16 or fp64",
             got=str(tensor.dtype),
-            hint="Cast it; quantised experts are not covered by this op.",
+            hint="Cast it; quantised values are not taken here.",
         )
 
 
@@ -40,7 +52,7 @@ def check_int(where: str, name: str, tensor: Tensor) -> None:
             where,
             expected=f"{name} in int32 or int64",
             got=str(tensor.dtype),
-            hint="Use the ids that moe_route returned.",
+            hint="Use what moe_route and moe_dispatch return.",
         )
 
 
