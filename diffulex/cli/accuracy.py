@@ -22,7 +22,7 @@ _LIMITS_16_BIT = (1.1, 2.0)
 _KINDS = (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf))
 
 
-class _Widen(TorchFunctionMode):
+class Widen(TorchFunctionMode):
     """Models compute norms and router scores in float32 whatever their dtype; here that means float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -46,7 +46,7 @@ class Oracle:
     def __call__(self, function: Any, *args: Any) -> Tensor:
         """`function(*args)`, which returns a tensor [...] of float64 and may use the parts of `self.model`."""
         args = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, args)
-        with torch.no_grad(), _Widen():
+        with torch.no_grad(), Widen():
             return function(*args)
 
 

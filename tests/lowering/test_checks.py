@@ -10,7 +10,7 @@ from lowering.errors import MoEDeviceError, MoEDtypeError, MoEShapeError
 from tests.support.catalogue import raises_catalogue
 
 FLOAT, INT = torch.zeros(3, 2), torch.zeros(3, dtype=torch.int32)
-META = torch.zeros(3, 2, device="meta")
+FIVE, META = torch.zeros(5, 2), torch.zeros(3, 2, device="meta")
 
 
 def test_what_fits():
@@ -50,7 +50,7 @@ def test_what_is_refused(check, arguments, kind, expected, got):
 def test_sizes_that_are_symbols_pass_without_a_guard():
     env, dynamic = ShapeEnv(), StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.STATIC])
     with FakeTensorMode(shape_env=env) as mode:
-        tensor = mode.from_tensor(torch.zeros(5, 2), symbolic_context=dynamic)
+        tensor = mode.from_tensor(FIVE, symbolic_context=dynamic)
         assert isinstance(tensor.shape[0], torch.SymInt)
         checks.check_size("op", "T", tensor.shape[0], 7)
         checks.check_shape("op", "a", tensor, (None, None))

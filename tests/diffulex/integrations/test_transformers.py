@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import diffulex
+from diffulex.cli.accuracy import Oracle
 from diffulex.integrations import transformers as module_under_test
 from diffulex.integrations.transformers import diffulex_experts_forward, register
 from lowering.graph.dataflow import aten
@@ -15,7 +16,7 @@ from tests.support.experts import make_case, output_and_gradients, stock_functio
 from tests.support.graphs import backend_with, calls, no_pass
 from tests.support.inputs import WIDE
 from tests.support.models import TINY, build_model, token_ids
-from tests.support.oracle import assert_oracle_ratio
+from tests.support.oracle import CountOps, assert_oracle_ratio
 
 ops = torch.ops.diffulex
 OPS = (
@@ -285,10 +286,18 @@ def test_a_checkpoint_is_loaded_for_the_ops(tmp_path):
 def test_an_implementation_is_set_afterwards():
     model = build_model("gpt_oss", ONE_LAYER)
     ids = token_ids(model, 1, 5)
-    with torch.no_grad():
-        before = model(ids, use_cache=False).logits
+
+    def logits(which):
+        return which(ids, use_cache=False).logits
+
+    oracle = Oracle(model)
+    with torch.no_grad(), CountOps() as counted:
+        before = logits(model)
+        assert not counted.calls
         model.set_experts_implementation("diffulex")
-        torch.testing.assert_close(model(ids, use_cache=False).logits, before, rtol=1e-4, atol=1e-4)
+        after = logits(model)
+    assert counted.calls["moe_combine"] == 1
+    assert_oracle_ratio(after, before, oracle(logits, oracle.model))
 
 
 @pytest.mark.slow

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffulex.cli.accuracy import Widen
 from diffulex.moe.config import MoEConfigError, get_num_experts, get_routing_spec, is_moe_layer
 from diffulex.moe.config._families import FAMILIES
 from diffulex.moe.config._routers import ROUTERS, Router
 from lowering.reference.moe_route import moe_route_reference
 from lowering.spec import RoutingSpec
 from tests.support.families import DEPTH, FamilyCase, build_config, build_meta_model, installed_cases
+from tests.support.oracle import assert_near_exact
 
 TOKENS = 5
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -167,9 +169,11 @@ def router_of(case: FamilyCase, options: dict[str, Any], dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize(("case", "options"), cases())
 def test_routing_spec_is_what_the_router_computes(case: FamilyCase, options: dict[str, Any]) -> None:
-    (num_experts, config), spec, router = router_of(case, options, torch.float32)
-    hidden_TH = torch.randn(TOKENS, config.hidden_size, generator=torch.Generator().manual_seed(2))
-    logits_TC, outputs = routed(router, hidden_TH, logits_bias=spec.logits_bias)
+    """In fp64, where nothing but the formula is left to differ: what modules compute in fp32 is widened."""
+    (num_experts, config), spec, router = router_of(case, options, torch.float64)
+    hidden_TH = torch.randn(TOKENS, config.hidden_size, generator=torch.Generator().manual_seed(2)).double()
+    with Widen():
+        logits_TC, outputs = routed(router, hidden_TH, logits_bias=spec.logits_bias)
     assert logits_TC.shape[1] == spec.num_logits(num_experts)
     bias_E = bias_of(router) if spec.select_bias else None
     scale_E = getattr(router, "per_expert_scale", None)
@@ -180,7 +184,7 @@ def test_routing_spec_is_what_the_router_computes(case: FamilyCase, options: dic
     if spec.null == "skip":
         expected_TW = torch.where(chosen_TW >= num_experts, 0.0, expected_TW)
     found_TC = own_dense(outputs, spec, logits_TC) * FACTOR_AFTER.get(case.model_type, 1.0)
-    torch.testing.assert_close(found_TC, dense(expected_TW, chosen_TW, found_TC.shape[1]), rtol=2e-5, atol=1e-7)
+    assert_near_exact(found_TC, dense(expected_TW, chosen_TW, found_TC.shape[1]), what="weights")
     assert found_TC.any()
 
 
