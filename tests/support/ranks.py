@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 120  # seconds that a case may take before the group counts as stuck
+# Imported once, in the process that the ranks are forked from; it runs nothing else, so it has no threads.
+_PRELOAD = ["torch", "torch._dynamo", "torch._functorch.aot_autograd", "tests.support.rank_cases"]
 
 
 class RankError(AssertionError):
@@ -21,9 +23,11 @@ class RankError(AssertionError):
 
 def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
     import torch
+    import torch._inductor.config
     from torch import distributed
 
     torch.set_num_threads(1)
+    torch._inductor.config.compile_threads = 1  # no pool of compilers for each rank
     distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE // 2)
     )
@@ -41,7 +45,8 @@ class Ranks:
 
     def __init__(self, size: int, store: Path) -> None:
         self.size = size
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOAD)
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
