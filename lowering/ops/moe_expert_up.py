@@ -118,10 +118,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(hidden_TH, w13_EJH, b13_EJ, order_N, offsets_E1)
 
 
-def _grad_pre(ctx: Any, grad_NI: Tensor) -> Tensor:
+def _grad_pre(ctx: Any, grad_NI: Tensor, saved: tuple[Tensor, ...]) -> Tensor:
     """Gradient [N, J] before the activation; the pre-activation is computed again, not saved."""
-    hidden_TH, w13_EJH, b13_EJ, order_N, offsets_E1 = ctx.saved_tensors
-    pre_NJ = moe_expert_up(hidden_TH, w13_EJH, b13_EJ, order_N, offsets_E1, ctx.top_k)
+    pre_NJ = moe_expert_up(*saved, ctx.top_k)
     wide = torch.float64 if pre_NJ.dtype == torch.float64 else torch.float32
     gate_NI, up_NI = split_gate(pre_NJ.to(wide), ctx.act, interleaved=ctx.interleaved)
     grad_gate_NI = grad_NI.to(wide) * derivative(ctx.act, "g", gate_NI, up_NI)
@@ -136,9 +135,10 @@ def _grad_pre(ctx: Any, grad_NI: Tensor) -> Tensor:
 
 
 def _backward(ctx: Any, grad_NI: Tensor) -> tuple[Tensor | None, ...]:
-    hidden_TH, w13_EJH, b13_EJ, order_N, offsets_E1 = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: activation checkpointing gives them once
+    hidden_TH, w13_EJH, b13_EJ, order_N, offsets_E1 = saved
     ops = torch.ops.diffulex
-    grad_NJ = grad_NI.contiguous() if ctx.act == IDENTITY else _grad_pre(ctx, grad_NI)
+    grad_NJ = grad_NI.contiguous() if ctx.act == IDENTITY else _grad_pre(ctx, grad_NI, saved)
     grad_hidden = grad_w13 = grad_b13 = None
     if ctx.needs_input_grad[0]:
         # in slot order the K rows of a token stand together: a sum over K, deterministic, without atomics

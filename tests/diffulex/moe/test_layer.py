@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import functools
 import pickle
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from diffulex.moe import MoESpec, NaiveFusedMoE, SharedExpertMLP, SharedExpertSpec, TopKOutput, metadata
 from diffulex.moe.layer.experts import WeightOnInput
@@ -48,6 +50,27 @@ def test_equals_the_oracle(spec, tokens, names, impl, seed):
         wanted_TH, wanted_TC = layer_oracle(layer, inputs)
     assert_near_exact(out_TH, wanted_TH)
     assert_near_exact(logits_TC, wanted_TC, what="logits")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", SPECS)
+def test_activation_checkpointing_changes_no_gradient(name, reentrant):
+    """Bitwise; recomputing lets a backward read what it saved once, and no more."""
+    layer, made = make_layer(SPECS[name]), make_inputs(SPECS[name], 5)
+    found = []
+
+    def run(hidden_TH):
+        return layer(hidden_TH, **made.given)[0]
+
+    for way in (run, functools.partial(checkpoint, run, use_reentrant=reentrant)):
+        layer.zero_grad()
+        inputs = with_leaves(made)
+        out_TH = way(inputs.hidden_TH)
+        (out_TH * random_like(out_TH)).sum().backward()
+        found.append({"hidden": inputs.hidden_TH.grad, **{n: p.grad for n, p in layer.named_parameters()}})
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[0].items():
+        assert (value is None and found[1][key] is None) or torch.equal(value, found[1][key]), key
 
 
 @given(moe_specs(), st.integers(1, 4), GIVEN, st.sampled_from(["triton", "naive"]), st.integers(0, 99))
