@@ -1,8 +1,8 @@
 """Differentiable collectives out of functional ones, which torch.compile captures.
 
 A gradient takes the way back with the same splits, so it needs every rank: either all ranks of a group ask for
-gradients of a call, or none does. What is added up is added in the order of the ranks, in fp32 or wider, so a result
-is the same in every run.
+gradients of a call, or none does. What is added up is added in fp32 or wider: behind an exchange in the order of the
+ranks, in an all-reduce in the order of its algorithm, which is the same for all ranks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 def _sum_over_ranks(tensor: Tensor, group: str) -> Tensor:
     summed = _OPS.wait_tensor(_OPS.all_reduce(tensor.to(_wide(tensor)).contiguous(), "sum", group))
-    return summed.to(tensor.dtype)
+    # Compiled by torch 2.11, a Function whose forward ends in a cast that casts nothing has no gradient at all.
+    return summed if summed.dtype == tensor.dtype else summed.to(tensor.dtype)
 
 
 class _AllToAll(torch.autograd.Function):
@@ -71,17 +72,18 @@ class _CopyToRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum_over_ranks(grad, ctx.group), None
+        return sum_of_ranks(grad, ctx.group), None
 
 
 class _SumOfRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: str) -> Tensor:
+        ctx.group = group
         return _sum_over_ranks(tensor, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+        return copy_to_ranks(grad, ctx.group), None
 
 
 def all_to_all(rows: Tensor, recv: list[int], *, send: list[int], group: str) -> Tensor:

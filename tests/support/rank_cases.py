@@ -81,6 +81,18 @@ def expert_results(layer: Any, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Te
     return {"out": out_TH.detach()} | {n: torch.zeros_like(t) if g is None else g for (n, t), g in named}
 
 
+def second_gradients(layer: Any, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> dict[str, Tensor]:
+    """Gradients of a penalty on gradients of the routed experts."""
+    hidden_TH, weights_TK = (t.detach().clone().requires_grad_() for t in (hidden_TH, weights_TK))
+    out_TH = layer.run_experts(hidden_TH, weights_TK, ids_TK)
+    leaves = {"hidden": hidden_TH, "weights": weights_TK, "w13": layer.w13, "w2": layer.w2}
+    first = torch.autograd.grad(
+        out_TH, [hidden_TH, weights_TK], loss_gradient(out_TH, hidden_TH), create_graph=True, materialize_grads=True
+    )
+    penalty = torch.stack([grad.square().sum() for grad in first]).sum()
+    return dict(zip(leaves, torch.autograd.grad(penalty, list(leaves.values())), strict=True))
+
+
 def loss_gradient(out_TH: Tensor, hidden_TH: Tensor) -> Tensor:
     """A gradient [T, H] that goes with the token, whichever rank it is on."""
     return (hidden_TH.detach().double() * 1.7).sin().to(out_TH.dtype)
@@ -91,6 +103,11 @@ def run_experts(rank: int, case: Case, size: int, replicas: int = 1) -> dict[str
     layer = make_sharded(case, size, replicas)
     parts = [case.part(tensor, rank % size) for tensor in case.all_inputs()]
     return expert_results(layer, *parts)
+
+
+def run_second(rank: int, case: Case, size: int) -> dict[str, Tensor]:
+    """Gradients of gradients of the routed experts on this rank."""
+    return second_gradients(make_sharded(case, size), *(case.part(tensor, rank) for tensor in case.all_inputs()))
 
 
 def run_layer(rank: int, case: Case, size: int) -> dict[str, Tensor]:

@@ -52,14 +52,14 @@ def owned_by(case, size):
     return placement or ExpertPlacement.even(case.spec.experts.num_experts, size)
 
 
-def joined(parts, case):
+def joined(parts, case, of_tokens=("out", "hidden", "weights")):
     """The results of the ranks as those of one: tokens one rank's after the other's, experts in their order."""
     if case.mode == "tp":
-        whole = {name: parts[0][name] for name in ("out", "hidden", "weights")}
+        whole = {name: parts[0][name] for name in of_tokens}
         if dict(case.options).get("shard") == "width":
             return whole
     else:
-        whole = {name: torch.cat([part[name] for part in parts]) for name in ("out", "hidden", "weights")}
+        whole = {name: torch.cat([part[name] for part in parts]) for name in of_tokens}
     experts = [e for owned in owned_by(case, len(parts)).owned for e in owned]
     for name in OF_EXPERTS:
         if name in parts[0]:
@@ -177,6 +177,15 @@ def test_two_replicas_of_two_ranks(ranks, how, impl):
 def test_ranks_without_tokens(ranks, how, tokens):
     case = Case(SPECS["mixtral"], tokens, torch.float64, {**EXCHANGES, **SPLITS}[how])
     found, wanted = joined(ranks.run(rank_cases.run_experts, case, RANKS), case), single_rank(case)
+    for name, value in found.items():
+        assert_near_exact(value, wanted[name], what=name)
+
+
+@pytest.mark.parametrize("how", [*EXCHANGES, *SPLITS])
+def test_gradients_of_gradients(pair, how):
+    case = Case(SPECS["qwen3"], (5, 3), torch.float64, {**EXCHANGES, **SPLITS}[how])
+    found = joined(pair.run(rank_cases.run_second, case, 2), case, ("hidden", "weights"))
+    wanted = rank_cases.second_gradients(case.whole_layer(), *case.all_inputs())
     for name, value in found.items():
         assert_near_exact(value, wanted[name], what=name)
 
