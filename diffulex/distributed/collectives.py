@@ -30,6 +30,11 @@ def gather(rows: Tensor, size: int, *, group: str) -> Tensor:
     return _OPS.wait_tensor(_OPS.all_gather_into_tensor(rows.contiguous(), size, group))
 
 
+def of_first_rank(tensor: Tensor, *, group: str) -> Tensor:
+    """The tensor [...] of the first rank of `group`, on all of them, in its dtype; not differentiable."""
+    return _OPS.wait_tensor(_OPS.broadcast(tensor.contiguous(), 0, group))
+
+
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 

@@ -132,6 +132,13 @@ def layer_results(layer: Any, hidden_TH: Tensor) -> dict[str, Tensor]:
     return {"out": out_TH.detach(), "logits": logits_TC.detach()} | found
 
 
+def run_training(rank: int, case: Case, size: int, replicas: int) -> dict[str, Tensor]:
+    """Output, logits and gradients of the whole layer in training mode, with a seed of the rank's own."""
+    layer = make_sharded(case, size, replicas).train()
+    torch.manual_seed(rank)
+    return layer_results(layer, case.part(case.all_inputs()[0], rank % size))
+
+
 def run_compiled(
     rank: int, case: Case, size: int, backend: str, steps: tuple[tuple[int, ...], ...], train: bool
 ) -> dict[str, Any]:

@@ -89,9 +89,8 @@ class FusedMoE(nn.Module, ABC):
         self._check_width("hidden_states", hidden_states)
         hidden_TH = hidden_states.reshape(-1, self.hidden_size)
         read_TH = hidden_TH if router_input is None else router_input.reshape(-1, router_input.shape[-1])
-        jitter = self.spec.routing.jitter
-        if jitter and self.training:
-            noise_TH = torch.empty_like(hidden_TH).uniform_(1 - jitter, 1 + jitter)
+        if self.spec.routing.jitter and self.training:
+            noise_TH = self._noise(hidden_TH)
             hidden_TH, read_TH = hidden_TH * noise_TH, read_TH * noise_TH
         topk = self.route(read_TH, logits=router_logits, ids=topk_ids)
         out_TH = self.mix(hidden_TH, topk)
@@ -169,6 +168,11 @@ class FusedMoE(nn.Module, ABC):
     @abstractmethod
     def run_experts(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
         """Weighted sum of the routed experts: [T, H] floating, for hidden [T, H], weights [T, K] and ids [T, K] int."""
+
+    def _noise(self, hidden_TH: Tensor) -> Tensor:
+        """The uniform noise of `routing.jitter` around 1, [T, H] in the dtype of hidden [T, H]."""
+        jitter = self.spec.routing.jitter
+        return torch.empty_like(hidden_TH).uniform_(1 - jitter, 1 + jitter)
 
     def _null_experts(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
         """Identity experts: the token times the sum of their weights."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from lowering import ops
 from lowering.reference.moe_block import ExpertWeights
 
-from ...distributed.collectives import copy_to_ranks, sum_of_ranks
+from ...distributed.collectives import copy_to_ranks, of_first_rank, sum_of_ranks
 from ...distributed.parallel import ParallelConfig
 from .sharded import ShardedFusedMoE
 
@@ -19,7 +19,8 @@ class TPFusedMoE(ShardedFusedMoE):
     `parallel.shard` "experts": w13 [E', J, H], w2 [E', H, I] of the rank's experts; "width": of all experts a slice of
     the width, w13 [E, J', H] and w2 [E, H, I'], where b2 [E, H] is the first rank's alone.
 
-    The gradients of hidden states, router and everything replicated are complete on every rank.
+    The gradients of hidden states, router and everything replicated are complete on every rank. The noise of
+    `routing.jitter` is the first rank's.
     """
 
     mode = "tp"
@@ -42,6 +43,9 @@ class TPFusedMoE(ShardedFusedMoE):
             ids_TK = self._row_of_expert[torch.where(outside_TK, self.num_experts, ids_TK).long()]
         partial_TH = self._run_placed(hidden_TH, weights_TK, ids_TK)
         return sum_of_ranks(partial_TH, self._group).to(hidden_TH.dtype)
+
+    def _noise(self, hidden_TH: Tensor) -> Tensor:
+        return of_first_rank(super()._noise(hidden_TH), group=self._group)
 
     def _run_weighted(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
         """This rank's share of the sum, in fp32 or wider."""

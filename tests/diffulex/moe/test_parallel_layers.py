@@ -38,6 +38,12 @@ def pair():
         yield group
 
 
+def changed(case, **routing):
+    """The case with other options of its router."""
+    spec = dataclasses.replace(case.spec, routing=dataclasses.replace(case.spec.routing, **routing))
+    return dataclasses.replace(case, spec=spec)
+
+
 def single_rank(case, dtype=None):
     """The layer on one rank, with the same rounded numbers in a wider dtype where asked."""
     layer, inputs = case.whole_layer(), case.all_inputs()
@@ -172,6 +178,19 @@ def test_two_replicas_of_two_ranks(ranks, how, impl):
             assert_near_exact(value, wanted[name], what=name)
 
 
+@pytest.mark.parametrize("how", SPLITS)
+def test_noise_is_the_same_where_tokens_are(ranks, how):
+    """Each rank has its own seed; those that share tokens have to choose the same experts for them."""
+    case = changed(Case(SPECS["mixtral"], (8,), torch.float64, SPLITS[how]), jitter=0.3)
+    parts, layer = ranks.run(rank_cases.run_training, case, 2, 2), case.whole_layer().train()
+    for first in (0, 2):
+        torch.manual_seed(first)
+        wanted = rank_cases.layer_results(layer, case.all_inputs()[0])
+        for part in parts[first : first + 2]:
+            for name in wanted.keys() - {"w13", "w2"}:
+                assert_near_exact(part[name], wanted[name], what=name)
+
+
 @pytest.mark.parametrize("tokens", [(0, 0, 0, 0), (0, 0, 7, 0)], ids=str)
 @pytest.mark.parametrize("how", [*EXCHANGES, "experts"])
 def test_ranks_without_tokens(ranks, how, tokens):
@@ -241,16 +260,11 @@ def test_new_layers_agree_on_what_is_replicated(ranks):
 BASE = Case(SPECS["qwen3"], (), options=(("dispatcher", "naive"),))
 
 
-def changed(**changes):
-    routing = dataclasses.replace(BASE.spec.routing, **changes)
-    return dataclasses.replace(BASE, spec=dataclasses.replace(BASE.spec, routing=routing))
-
-
 @pytest.mark.parametrize(
     ("others", "text"),
     [
-        ({2: changed(top_k=3)}, "routing.top_k 2 on ranks 0, 1, 3, 3 on rank 2"),
-        ({1: changed(scale=2.0), 3: changed(scale=2.0)}, "routing.scale 1.0 on ranks 0, 2, 2.0 on ranks 1, 3"),
+        ({2: changed(BASE, top_k=3)}, "routing.top_k 2 on ranks 0, 1, 3, 3 on rank 2"),
+        ({1: changed(BASE, scale=2.0), 3: changed(BASE, scale=2.0)}, "routing.scale 1.0 on ranks 0, 2, 2.0 on ranks 1, 3"),
         (
             {3: dataclasses.replace(BASE, options=STATIC)},
             "dispatcher 'naive' on ranks 0, 1, 2, 'static' on rank 3; max_",
