@@ -264,7 +264,10 @@ BASE = Case(SPECS["qwen3"], (), options=(("dispatcher", "naive"),))
     ("others", "text"),
     [
         ({2: changed(BASE, top_k=3)}, "routing.top_k 2 on ranks 0, 1, 3, 3 on rank 2"),
-        ({1: changed(BASE, scale=2.0), 3: changed(BASE, scale=2.0)}, "routing.scale 1.0 on ranks 0, 2, 2.0 on ranks 1, 3"),
+        (
+            {1: changed(BASE, scale=2.0), 3: changed(BASE, scale=2.0)},
+            "routing.scale 1.0 on ranks 0, 2, 2.0 on ranks 1, 3",
+        ),
         (
             {3: dataclasses.replace(BASE, options=STATIC)},
             "dispatcher 'naive' on ranks 0, 1, 2, 'static' on rank 3; max_",
