@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lowering._checks import check_shape
+from lowering._checks import check_device, check_float, check_int, check_shape
 from lowering.errors import MoERangeError, MoEStageError
 
 from ...distributed.parallel import ParallelConfig
@@ -85,8 +85,9 @@ class TokenDispatcher(ABC, Generic[M]):
     def dispatch(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> DispatcherOutput[M]:
         """Send tokens to their experts: hidden [T, H] floating, ids [T, K] int32 or int64, weights [T, K] floating.
 
-        Raises `MoEStageError` while results of another `dispatch` are owed, `MoEShapeError` where shapes do not fit,
-        `MoERangeError` for more tokens than `plan.max_tokens`.
+        Raises `MoEStageError` while results of another `dispatch` are owed, `MoEShapeError`, `MoEDtypeError` or
+        `MoEDeviceError` where the tensors do not fit one another, `MoERangeError` for more tokens than
+        `plan.max_tokens`. All before anything is sent: the other ranks then wait for this one.
         """
         if self._pending is not None:
             raise self._out_of_order("dispatch", "`combine` of the tokens dispatched before")
@@ -99,12 +100,17 @@ class TokenDispatcher(ABC, Generic[M]):
         """Send results back: the weighted sum of each token's experts, [T, H] in the dtype of the slots.
 
         slots [R * k, H] floating: results of the experts without weights, k for each received row, in order.
-        metadata: that of the `dispatch` before. Raises `MoEStageError` for another one, or none.
+        metadata: that of the `dispatch` before. Raises `MoEStageError` for another one, or none, and `MoEShapeError`,
+        `MoEDtypeError` or `MoEDeviceError` for other slots than that call asked for; results are owed as before.
         """
         if self._pending is None:
             raise self._out_of_order("combine", "`dispatch`")
         if metadata is not self._pending:
             raise self._out_of_order("combine", "the metadata of the last `dispatch`")
+        where = f"{type(self).__name__}.combine"
+        check_shape(where, "slots", slots_NH, (self._num_slots(metadata), None))
+        check_float(where, "slots", slots_NH)
+        self._check_device(where, "slots", slots_NH)
         self._pending, self._combined = None, True
         return self._combine(slots_NH, metadata)
 
@@ -118,6 +124,10 @@ class TokenDispatcher(ABC, Generic[M]):
     @abstractmethod
     def _combine(self, slots_NH: Tensor, metadata: M) -> Tensor: ...
 
+    @abstractmethod
+    def _num_slots(self, metadata: M) -> int:
+        """R * k, the slots that `combine` takes."""
+
     def _known(self, ids_TK: Tensor) -> Tensor:
         """Ids [T, K] int64 with E for all that are no expert: an index into the tables."""
         outside_TK = (ids_TK < 0) | (ids_TK >= self.num_experts)
@@ -128,6 +138,11 @@ class TokenDispatcher(ABC, Generic[M]):
         check_shape(where, "hidden", hidden_TH, (None, None))
         for name, tensor in (("ids", ids_TK), ("weights", weights_TK)):
             check_shape(where, name, tensor, (tokens, top_k))
+        check_float(where, "hidden", hidden_TH)
+        check_int(where, "ids", ids_TK)
+        check_float(where, "weights", weights_TK)
+        for name, tensor in (("hidden", hidden_TH), ("ids", ids_TK), ("weights", weights_TK)):
+            self._check_device(where, name, tensor)
         most = self.plan.max_tokens
         if most is not None and tokens > most:
             raise MoERangeError.of(
@@ -136,6 +151,9 @@ class TokenDispatcher(ABC, Generic[M]):
                 got=str(tokens),
                 hint="No token is ever dropped: raise max_tokens_per_rank on all ranks, or split the batch.",
             )
+
+    def _check_device(self, where: str, name: str, tensor: Tensor) -> None:
+        check_device(where, ("the mesh", self.rank_of_expert), (name, tensor))
 
     def _out_of_order(self, call: str, wanted: str) -> BaseException:
         return MoEStageError.of(

@@ -34,6 +34,16 @@ def _unsupported(expected: str, *, got: str, hint: str) -> Any:
     return MoEUnsupportedError.of("dispatcher 'deepep'", expected=expected, got=got, hint=hint)
 
 
+def _refuse_gradients(what: str, *tensors: Tensor) -> None:
+    """DeepEP's buffers cut the graph, so a gradient would be missing without a word."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise _unsupported(
+            "a call without gradients",
+            got=f"{what} that require them",
+            hint="Call it under torch.no_grad(), or train with the dispatcher 'naive' or 'static'.",
+        )
+
+
 def check_deepep(plan: ExchangePlan) -> Any:
     """The module `deep_ep`; `MoEUnsupportedError` where it cannot be imported or does not place experts like that."""
     try:
@@ -69,12 +79,7 @@ class DeepEPDispatcher(TokenDispatcher[DeepEPDispatchMetadata]):
     def _dispatch(
         self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> DispatcherOutput[DeepEPDispatchMetadata]:
-        if torch.is_grad_enabled() and (hidden_TH.requires_grad or weights_TK.requires_grad):
-            raise _unsupported(
-                "a call without gradients",
-                got="hidden states or weights that require them",
-                hint="Call it under torch.no_grad(), or train with the dispatcher 'naive' or 'static'.",
-            )
+        _refuse_gradients("hidden states or weights", hidden_TH, weights_TK)
         buffer = self._buffer_for(hidden_TH)
         known_TK = self._known(ids_TK)
         ids_TK = torch.where(known_TK < self.num_experts, known_TK, -1)
@@ -91,7 +96,11 @@ class DeepEPDispatcher(TokenDispatcher[DeepEPDispatchMetadata]):
         metadata = DeepEPDispatchMetadata(handle, weights_RK, hidden_TH.dtype)
         return DispatcherOutput(metadata, recv_RH.to(hidden_TH.dtype), rows_RK.int(), weights_RK)
 
+    def _num_slots(self, metadata: DeepEPDispatchMetadata) -> int:
+        return metadata.recv_weights.numel()
+
     def _combine(self, slots_NH: Tensor, metadata: DeepEPDispatchMetadata) -> Tensor:
+        _refuse_gradients("results of experts", slots_NH)
         sums_RH = ops.moe_combine(slots_NH, metadata.recv_weights).to(torch.bfloat16)
         return self._buffer.combine(sums_RH, metadata.handle)[0].to(metadata.dtype)
 

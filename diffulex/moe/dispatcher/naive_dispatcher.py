@@ -93,6 +93,9 @@ class NaiveA2ADispatcher(TokenDispatcher[NaiveDispatchMetadata]):
         )
         return DispatcherOutput(metadata, recv_RH, rows_R.unsqueeze(1), weights_R.unsqueeze(1))
 
+    def _num_slots(self, metadata: NaiveDispatchMetadata) -> int:
+        return metadata.total_recv_slots
+
     @torch.compiler.disable(reason="the splits of an exchange with exact splits are read on the host")
     def _combine(self, slots_NH: Tensor, metadata: NaiveDispatchMetadata) -> Tensor:
         send, recv = list(metadata.send_splits), list(metadata.recv_splits)

@@ -68,6 +68,9 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
         metadata = StaticDispatchMetadata(hidden_TH.shape[0], slot_ranks_TK, weights_TK, weights_RK)
         return DispatcherOutput(metadata, recv_RH, rows_RK, weights_RK)
 
+    def _num_slots(self, metadata: StaticDispatchMetadata) -> int:
+        return self.size * self.capacity * self.plan.top_k
+
     def _combine(self, slots_NH: Tensor, metadata: StaticDispatchMetadata) -> Tensor:
         return self._of_slots(slots_NH, metadata) if self.exact else self._of_sums(slots_NH, metadata)
 

@@ -21,6 +21,8 @@ from diffulex.moe import (
 from diffulex.moe.metadata import DispatcherStage
 from lowering.errors import (
     MoECheckpointError,
+    MoEDeviceError,
+    MoEDtypeError,
     MoEOptionError,
     MoEParallelError,
     MoERangeError,
@@ -110,6 +112,41 @@ def test_a_refused_call_leaves_the_stage(dispatcher):
     assert dispatcher.stage is DispatcherStage.INITIAL
 
 
+@pytest.mark.parametrize(
+    ("error", "expected", "change"),
+    [
+        (MoEDtypeError, "hidden in fp32", lambda h, i, w: (h.long(), i, w)),
+        (MoEDtypeError, "ids in int32", lambda h, i, w: (h, i.float(), w)),
+        (MoEDtypeError, "ids in int32", lambda h, i, w: (h, i > 0, w)),
+        (MoEDtypeError, "weights in fp32", lambda h, i, w: (h, i, w.long())),
+        (MoEDeviceError, "hidden on cpu like the mesh", lambda h, i, w: (h.to("meta"), i, w)),
+        (MoEDeviceError, "ids on cpu like the mesh", lambda h, i, w: (h, i.to("meta"), w)),
+        (MoEDeviceError, "weights on cpu like the mesh", lambda h, i, w: (h, i, w.to("meta"))),
+    ],
+)
+def test_only_tensors_that_fit_are_sent(dispatcher, error, expected, change):
+    with raises_catalogue(error, expected=expected):
+        dispatcher.dispatch(*change(*tokens()))
+    assert dispatcher.stage is DispatcherStage.INITIAL
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "change"),
+    [
+        (MoEShapeError, "slots of shape", lambda slots: slots[:-1]),
+        (MoEShapeError, "slots of shape", lambda slots: torch.cat((slots, slots))),
+        (MoEShapeError, "slots of shape", lambda slots: slots[None]),
+        (MoEDtypeError, "slots in fp32", lambda slots: slots.long()),
+        (MoEDeviceError, "slots on cpu like the mesh", lambda slots: slots.to("meta")),
+    ],
+)
+def test_other_results_than_those_owed_are_refused(dispatcher, error, expected, change):
+    out = dispatcher.dispatch(*tokens())
+    with raises_catalogue(error, expected=expected):
+        dispatcher.combine(change(identity(out)), out.metadata)
+    dispatcher.combine(identity(out), out.metadata)
+
+
 def test_records_describe_the_exchange(mesh, monkeypatch):
     from diffulex.moe import metadata
 
@@ -195,7 +232,10 @@ def test_deepep_is_called_as_it_asks(mesh, monkeypatch):
         wanted = hidden * (weights * ((ids >= 0) & (ids < EXPERTS))).sum(1, keepdim=True)
         assert back.dtype == hidden.dtype and StubBuffer.made == 1
         torch.testing.assert_close(back, wanted, rtol=2e-2, atol=2e-2)
-    with raises_catalogue(MoEUnsupportedError, expected="a call without gradients"):
+    out = dispatcher.dispatch(hidden, ids, weights)  # frozen hidden states, experts that are trained
+    with raises_catalogue(MoEUnsupportedError, expected="a call without gradients", got="results of experts that"):
+        dispatcher.combine(identity(out).requires_grad_(), out.metadata)
+    with raises_catalogue(MoEUnsupportedError, expected="a call without gradients", got="hidden states or weights"):
         dispatcher.dispatch(hidden.requires_grad_(), ids, weights)
     with raises_catalogue(MoEUnsupportedError, expected="equally many consecutive experts"):
         build_token_dispatcher("deepep", plan_of(mesh, placement=ExpertPlacement(((1, 0, 2, 3),))))
