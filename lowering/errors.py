@@ -102,6 +102,8 @@ class ReasonCode(enum.Enum):
     STRUCTURE = "the graph does not have the structure that was looked for"
     OPTION = "an option of the model has no counterpart in the op"
     SHAPE = "a shape is not what the kernel needs"
+    LAYOUT = "the strides are not what the kernel needs"
+    ALIGNMENT = "addresses or strides are not multiples of what the kernel needs"
     SHARED_USE = "an intermediate is also used elsewhere"
     NOT_POINTWISE = "the activation is not a pointwise formula of gate and up"
     EAGER_EXPERTS = "the model runs its own expert loop (experts_implementation='eager')"

@@ -27,9 +27,12 @@ __all__ = [
     "empty_strided",
     "fallback",
     "fixed_layout",
+    "freeze_layout",
     "guard_less_equal",
     "ir",
+    "is_aligned",
     "known_size",
+    "known_stride",
     "lowerings",
     "realize_inputs",
     "register_lowering",
@@ -58,9 +61,31 @@ def static_size(size: Any) -> int:
     return int(V.graph.sizevars.guard_int(size))
 
 
+def known_stride(stride: Any, multiple: int) -> int | None:
+    """A stride as an int; `multiple` where it is symbolic and known to be one of its multiples, else None."""
+    known = known_size(stride)
+    if known is None and V.graph.sizevars.statically_known_multiple_of(stride, multiple):
+        return multiple
+    return known
+
+
+def freeze_layout(node: Any) -> None:
+    """Keep the strides that a realized IR node has: until then its users may still change them."""
+    node.freeze_layout()
+
+
 def guard_less_equal(size: Any, bound: int) -> bool:
     """Decide `size <= bound` now and guard on the answer: one graph per side, CUDA graphs stay possible."""
     return bool(V.graph.sizevars.shape_env.evaluate_expr(sympy.Le(size, bound)))
+
+
+def is_aligned(node: Any, size: int) -> bool:
+    """Whether the storage of an IR node begins at a multiple of `size` bytes: it is a buffer, or a view at one."""
+    # inputs that are not 16-byte aligned are copied by the wrapper, unless Inductor was told not to
+    name, offset = node.get_name(), node.get_layout().offset
+    return name not in V.graph.unaligned_buffers and V.graph.sizevars.statically_known_multiple_of(
+        offset * node.get_dtype().itemsize, size
+    )
 
 
 def contiguous_inputs(*nodes: Any) -> list[Any]:

@@ -10,6 +10,7 @@ import torch
 
 from ..after_import import after_import
 from ..ops import _library
+from ..templates.scratch import lend_memory
 from .identity import fingerprint
 from .switch import guard_on_switch
 
@@ -40,3 +41,4 @@ def install() -> None:
     for name in _SLOT_MODULES:
         after_import(name, _on_slot)
     after_import("torch._dynamo.output_graph", guard_on_switch)
+    after_import("triton.runtime._allocation", lend_memory)

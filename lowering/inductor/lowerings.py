@@ -5,7 +5,6 @@ Importing this module registers them. A refusal is recorded with its reason; not
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -15,6 +14,8 @@ from .. import ops  # noqa: F401  the ops have to exist
 from ..activation import IDENTITY, canonical, intermediate_size
 from ..errors import Reason, ReasonCode
 from ..report import layer_of, record
+from ..schedule.device import device_spec
+from ..schedule.schedule import TMA_ALIGNMENT, tma_refusal
 from ..templates.eager import dot_precision, gemm_constants, power_of_two
 from ..templates.render import ExpertGemmVariant, GradWeightVariant
 from . import _compat
@@ -64,17 +65,43 @@ def _gemm_grid(
     min: Any,  # noqa: A002  the name is how Inductor knows what to pass
 ) -> tuple[Any, Any, Any]:
     row_tiles = min(rows, cdiv(rows, meta["BLOCK_M"]) + meta["NUM_EXPERTS"] + 1)
-    return (row_tiles * cdiv(width, meta["BLOCK_N"]), 1, 1)
+    tiles = row_tiles * cdiv(width, meta["BLOCK_N"])
+    return (min(tiles, meta["PROGRAMS"]) if "PROGRAMS" in meta else tiles, 1, 1)
 
 
-def _expert_gemm(op: str, variant: ExpertGemmVariant, inputs: list[Any], weight: Any, top_k: int, width: int) -> Any:
+def _tma_refusal(variant: ExpertGemmVariant, operands: dict[str, Any]) -> Reason | None:
+    for name in variant.described:
+        node = operands[name]
+        _compat.freeze_layout(
+            node
+        )  # what is computed here could still be laid out otherwise than the kernel's text says
+        if not _compat.is_aligned(node, TMA_ALIGNMENT):
+            return Reason(ReasonCode.ALIGNMENT, f"{name} is not known to begin at a multiple of {TMA_ALIGNMENT} bytes")
+        element_size = node.get_dtype().itemsize
+        sizes = tuple(map(_compat.known_size, node.get_size()))
+        strides = tuple(_compat.known_stride(stride, TMA_ALIGNMENT // element_size) for stride in node.get_stride())
+        reason = tma_refusal(name, sizes, strides=strides, element_size=element_size)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _expert_gemm(op: str, variant: ExpertGemmVariant, inputs: list[Any], top_k: int, width: int) -> Any:
     """Lower one of the two expert GEMMs; `inputs` stand in the order of the template's `def_kernel`."""
     inputs = _compat.realize_inputs(*inputs)
     rows = inputs[-2].get_size()[0]
-    num_experts, weight_rows, depth = (_compat.static_size(size) for size in weight.get_size())
-    shape = gemm_shape((num_experts, weight_rows, depth), variant.act, element_size=weight.get_dtype().itemsize)
+    weight = inputs[1]
+    sizes, strides = (tuple(map(_compat.static_size, values)) for values in (weight.get_size(), weight.get_stride()))
+    num_experts, _, depth = sizes
+    shape = gemm_shape(sizes, strides, act=variant.act, element_size=weight.get_dtype().itemsize)
     schedule = schedule_of(rows, shape, device=weight.get_device())
-    variant = dataclasses.replace(variant, even_k=depth % schedule.block_k == 0)
+    reason = _tma_refusal(variant, {"A": inputs[0], "W": weight}) if schedule.loop.tma else None
+    if reason is not None:
+        schedule = schedule.without_tma()
+    variant = variant.scheduled(schedule, depth=depth)
+    constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
+    if schedule.loop.tma:
+        constants["PROGRAMS"] = device_spec(weight.get_device().index or 0).num_sms
     template = _template(variant.name, variant.source(), _gemm_grid)
     result = _compat.run_template(
         template,
@@ -82,9 +109,9 @@ def _expert_gemm(op: str, variant: ExpertGemmVariant, inputs: list[Any], weight:
         _compat.fixed_layout(inputs[0], inputs[0].get_dtype(), [rows, width]),
         num_warps=schedule.num_warps,
         num_stages=schedule.num_stages,
-        constants=gemm_constants(num_experts, top_k, width=width, schedule=schedule),
+        constants=constants,
     )
-    note(op, f"triton {template.name} {schedule}")
+    note(op, f"triton {template.name} {schedule}", reason=reason)
     return result
 
 
@@ -115,7 +142,7 @@ def _moe_expert_up(
         precision=dot_precision(hidden.get_dtype()),
     )
     inputs = [hidden, w13, *([] if b13 is None else [b13]), order, offsets]
-    return _expert_gemm("moe_expert_up", variant, inputs, w13, top_k, width)
+    return _expert_gemm("moe_expert_up", variant, inputs, top_k, width)
 
 
 @_compat.register_lowering(_OPS.moe_expert_down.default, type_promotion_kind=None)
@@ -130,7 +157,7 @@ def _moe_expert_down(act: Any, w2: Any, b2: Any, order: Any, offsets: Any) -> An
         precision=dot_precision(act.get_dtype()),
     )
     inputs = [act, w2, *([] if b2 is None else [b2]), order, offsets]
-    return _expert_gemm("moe_expert_down", variant, inputs, w2, 1, _compat.static_size(w2.get_size()[1]))
+    return _expert_gemm("moe_expert_down", variant, inputs, 1, _compat.static_size(w2.get_size()[1]))
 
 
 @_compat.SymbolicGridFn

@@ -4,39 +4,82 @@ from __future__ import annotations
 
 import dataclasses
 
+from ..errors import Reason, ReasonCode
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Loop:
+    """What of a schedule changes the kernel's text, and not only its constants.
+
+    tma       one program an SM takes tile after tile; weights, and A where its rows are consecutive, come through
+              tensor descriptors (sm_90 and newer), both halves of gated weights in one
+    flatten   the next tile's first loads are issued before a tile is stored (tma)
+    subtiles  1 or 2 parts of a tile's columns are stored one after the other (tma)
+    grouped   row tiles of an expert share columns of weights in groups (always so with tma)
+    """
+
+    tma: bool = False
+    flatten: bool = False
+    subtiles: int = 1
+    grouped: bool = False
+
+    def __str__(self) -> str:
+        words = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is True]
+        return " ".join([*words, *([f"/{self.subtiles}"] if self.subtiles > 1 else [])])
+
+
+PLAIN = Loop()
+
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Schedule:
-    """Launch parameters of one expert GEMM. Blocks in elements; `block_n` counts output columns (gated: two halves)."""
+    """Launch parameters of one expert GEMM. Blocks in elements; `block_n` counts output columns (gated: two halves).
+
+    group_m: row tiles of an expert that share a column of weights before the next one, where the order is grouped.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    loop: Loop = PLAIN
+    group_m: int = 8
 
     def shared_memory(self, *, gated: bool, element_size: int) -> int:
-        """Bytes of shared memory for the pipelined operand tiles."""
+        """Bytes of shared memory: the pipelined operand tiles, and the one stored beside them in a flattened loop."""
         rows = self.block_m + self.block_n * (2 if gated else 1)
-        return rows * self.block_k * element_size * self.num_stages
+        stored = self.block_m * self.block_n // self.loop.subtiles if self.loop.flatten else 0
+        return (rows * self.block_k * self.num_stages + stored) * element_size
 
     def accumulators_per_thread(self, *, gated: bool) -> int:
         """fp32 accumulator registers a thread holds."""
         return self.block_m * self.block_n * (2 if gated else 1) // (32 * self.num_warps)
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
+        tile = f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
+        if self.loop == PLAIN:
+            return tile
+        return f"{tile} {self.loop} g{self.group_m}"
+
+    def without_tma(self) -> Schedule:
+        """The same tiles, one a program, with operands loaded by pointers."""
+        return dataclasses.replace(self, loop=Loop(grouped=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class GemmShape:
-    """One expert GEMM: E experts, reduction depth, output width, gated (two weight halves per column), bytes."""
+    """One expert GEMM: E experts, reduction depth, output width, gated (two weight halves per column), bytes.
+
+    descriptors: whether its operands can be read through tensor descriptors, where the device has them.
+    """
 
     num_experts: int
     depth: int
     width: int
     gated: bool
     element_size: int = 2
+    descriptors: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,3 +92,25 @@ class RowRange:
     def __str__(self) -> str:
         bound = "more rows" if self.max_rows is None else f"up to {self.max_rows} rows"
         return f"{bound}: {' and '.join(map(str, self.schedules))}"
+
+
+TMA_ALIGNMENT = 16  # bytes, of a tensor's begin and of all its strides but the last
+
+
+def tma_refusal(
+    name: str, sizes: tuple[int | None, ...], *, strides: tuple[int | None, ...], element_size: int
+) -> Reason | None:
+    """Why a tensor of any shape [E, J, H] cannot be read through a tensor descriptor, or None.
+
+    None among the sizes: symbolic; among the strides: not known to be a multiple of 16 bytes.
+    """
+    if strides[-1] != 1:
+        return Reason(ReasonCode.LAYOUT, f"rows of {name} are not consecutive in memory, strides {strides}")
+    for size, stride in zip(sizes[:-1], strides[:-1], strict=True):
+        if stride is None or stride * element_size % TMA_ALIGNMENT:
+            return Reason(
+                ReasonCode.ALIGNMENT, f"strides {strides} of {name}, not all multiples of {TMA_ALIGNMENT} bytes"
+            )
+        if stride == 0 and size != 1:
+            return Reason(ReasonCode.LAYOUT, f"rows of {name} lie on one another, strides {strides}")
+    return None

@@ -5,15 +5,14 @@ The schedule comes from the cost model with the call's own token count; nothing 
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from ..activation import IDENTITY, canonical, intermediate_size, is_gated
+from ..errors import Reason, ReasonCode
 from ..schedule.device import device_spec
 from ..schedule.plan import schedule_for
-from ..schedule.schedule import GemmShape, Schedule
+from ..schedule.schedule import TMA_ALIGNMENT, GemmShape, Schedule, tma_refusal
 from . import standalone
 from .render import ExpertGemmVariant, GradWeightVariant
 
@@ -48,25 +47,48 @@ def _expert_gemm(
     tensors |= {name: tensors[name].contiguous() for name in ("ORDER", "OFFSETS")}  # the text reads them unit by unit
     num_experts, _, depth = weight_EYX.shape
     rows, width = out_NY.shape
+    refused = _tma_refusal(variant, tensors) is not None
     if schedule is None:
-        shape = GemmShape(num_experts, depth, width, is_gated(variant.act), weight_EYX.element_size())
+        shape = GemmShape(num_experts, depth, width, is_gated(variant.act), weight_EYX.element_size(), not refused)
         schedule = schedule_for(rows, shape, device=device_spec(out_NY.device.index or 0))
-    variant = dataclasses.replace(variant, even_k=depth % schedule.block_k == 0)
+    if schedule.loop.tma and refused:
+        schedule = schedule.without_tma()
+    variant = variant.scheduled(schedule, depth=depth)
     constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
     constants["INDEX_DTYPE"] = index_type(out_NY)
+    grid = gemm_grid(rows, width, num_experts=num_experts, schedule=schedule)
+    if schedule.loop.tma:
+        grid = min(grid, device_spec(out_NY.device.index or 0).num_sms)
     standalone.launch(
         variant.source(),
         tensors,
         name=variant.name,
         constants=constants,
-        grid=(gemm_grid(rows, width, num_experts=num_experts, schedule=schedule),),
+        grid=(grid,),
         num_warps=schedule.num_warps,
         num_stages=schedule.num_stages,
     )
 
 
+def _tma_refusal(variant: ExpertGemmVariant, tensors: dict[str, Tensor]) -> Reason | None:
+    for name in variant.described:
+        tensor = tensors[name]
+        if tensor.data_ptr() % TMA_ALIGNMENT:
+            return Reason(ReasonCode.ALIGNMENT, f"{name} does not begin at a multiple of {TMA_ALIGNMENT} bytes")
+        sizes, strides = tuple(tensor.shape), tuple(tensor.stride())
+        reason = tma_refusal(name, sizes, strides=strides, element_size=tensor.element_size())
+        if reason is not None:
+            return reason
+    return None
+
+
 def gemm_constants(num_experts: int, top_k: int, *, width: int, schedule: Schedule) -> dict[str, standalone.Constant]:
-    """The constexprs of `moe_expert_gemm.jinja`."""
+    """The constexprs of the expert GEMMs."""
+    loop: dict[str, standalone.Constant] = {}
+    if schedule.loop.grouped or schedule.loop.tma:
+        loop["GROUP_M"] = schedule.group_m
+    if schedule.loop.tma:
+        loop["STORE_N"] = schedule.block_n // schedule.loop.subtiles
     return {
         "NUM_EXPERTS": num_experts,
         "E_POW2": power_of_two(num_experts),
@@ -75,6 +97,7 @@ def gemm_constants(num_experts: int, top_k: int, *, width: int, schedule: Schedu
         "BLOCK_M": schedule.block_m,
         "BLOCK_N": schedule.block_n,
         "BLOCK_K": schedule.block_k,
+        **loop,
     }
 
 

@@ -14,6 +14,7 @@ from importlib import resources
 import jinja2
 
 from ..activation import IDENTITY, canonical, is_gated, to_triton
+from ..schedule.schedule import PLAIN, Loop, Schedule
 
 # angle brackets: the host's hooks keep jinja's braces
 _ENVIRONMENT = jinja2.Environment(
@@ -38,13 +39,14 @@ def template_text(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertGemmVariant:
-    """What distinguishes the texts of `moe_expert_gemm.jinja`; sizes and tiles are constants of the host.
+    """What distinguishes the texts of the expert GEMMs; sizes and tiles are constants of the host.
 
     gather     rows of A come through ORDER // TOP_K (up stage)
     scatter    rows of the output go to ORDER (down stage)
     act        formula, or identity
     even_k     the reduction width is a multiple of BLOCK_K: no masks in the loop
     precision  "ieee" or "tf32" for fp32 operands, no effect on 16-bit ones
+    loop       the fields of the schedule that change the text, see `Schedule`
     """
 
     gather: bool
@@ -54,24 +56,40 @@ class ExpertGemmVariant:
     interleaved: bool = False
     even_k: bool = True
     precision: str = "ieee"
+    loop: Loop = PLAIN
+
+    @property
+    def described(self) -> tuple[str, ...]:
+        """The operands that come through tensor descriptors where the loop takes them: gathered rows cannot."""
+        return ("W",) if self.gather else ("W", "A")
+
+    def scheduled(self, schedule: Schedule, *, depth: int) -> ExpertGemmVariant:
+        """The variant for a schedule and a reduction width."""
+        return dataclasses.replace(self, even_k=depth % schedule.block_k == 0, loop=schedule.loop)
 
     @functools.cache  # noqa: B019  a few variants a model, rendered once
     def source(self) -> str:
         """The kernel text with the host's hooks in it."""
         gated = is_gated(self.act)
         arguments = ["A", "W", *(["BIAS"] if self.bias else []), "ORDER", "OFFSETS"]
+        act = None if self.act == IDENTITY else to_triton(self.act, gate="acc", up="acc_up")
         return _render(
-            "moe_expert_gemm",
+            "moe_expert_gemm_tma" if self.loop.tma else "moe_expert_gemm",
             arguments=", ".join(f'"{name}"' for name in arguments),
             gather=self.gather,
             scatter=self.scatter,
             bias=self.bias,
             gated=gated,
-            act=None if self.act == IDENTITY else to_triton(self.act, gate="acc", up="acc_up"),
+            act=act,
+            interleaved=self.interleaved,
             column_step=2 if gated and self.interleaved else 1,
             up_shift="1" if self.interleaved else "WIDTH_N",
             even_k=self.even_k,
             precision=self.precision,
+            grouped=self.loop.grouped,
+            subtiles=self.loop.subtiles,
+            flatten=self.loop.flatten,
+            functions=_render("moe_activation_functions", act=act),
         )
 
     @property

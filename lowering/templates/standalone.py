@@ -21,6 +21,9 @@ import jinja2
 import torch
 from torch import Tensor
 
+from ..after_import import after_import
+from .scratch import lend_memory
+
 Constant = int | float | bool | str
 
 _HEADER = "import triton\nimport triton.language as tl\n\n\n@triton.jit\n"
@@ -125,6 +128,7 @@ def _jit_function(kernel: StandaloneKernel) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    after_import("triton.runtime._allocation", lend_memory)  # the source has imported triton
     return getattr(module, kernel.name)
 
 

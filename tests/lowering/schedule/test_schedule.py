@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from lowering.schedule.schedule import GemmShape, RowRange, Schedule
+from lowering.errors import ReasonCode
+from lowering.schedule.schedule import GemmShape, Loop, RowRange, Schedule, tma_refusal
 
 S = Schedule(64, 128, 32, 8, 3)
 
@@ -15,6 +16,12 @@ S = Schedule(64, 128, 32, 8, 3)
 )
 def test_shared_memory_holds_one_tile_of_rows_and_one_or_two_of_weights_per_stage(gated, element_size, wanted):
     assert S.shared_memory(gated=gated, element_size=element_size) == wanted
+
+
+def test_a_flattened_loop_stores_a_tile_beside_the_next_ones_operands():
+    flat = dataclasses.replace(S, loop=Loop(tma=True, flatten=True, subtiles=2))
+    more = flat.shared_memory(gated=False, element_size=2) - S.shared_memory(gated=False, element_size=2)
+    assert more == 64 * 128 // 2 * 2
 
 
 def test_accumulators_are_spread_over_the_threads():
@@ -36,3 +43,34 @@ def test_values_are_keys(value):
     assert value != dataclasses.replace(value, **{field: 7})
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(value, field, 1)
+
+
+def test_a_loop_shows_in_the_text_and_can_do_without_descriptors():
+    schedule = dataclasses.replace(S, loop=Loop(tma=True, flatten=True, subtiles=2))
+    assert str(schedule) == "64x128x32 w8 s3 tma flatten /2 g8"
+    assert str(schedule.without_tma()) == "64x128x32 w8 s3 grouped g8"
+    assert str(dataclasses.replace(S, loop=Loop(grouped=True), group_m=4)) == "64x128x32 w8 s3 grouped g4"
+
+
+@pytest.mark.parametrize(
+    ("strides", "code"),
+    [
+        ((512, 16, 1), None),
+        ((512, 8, 1), None),
+        ((1, 512, 16), ReasonCode.LAYOUT),
+        ((512, 0, 1), ReasonCode.LAYOUT),
+        ((512, 12, 1), ReasonCode.ALIGNMENT),
+        ((100, 16, 1), ReasonCode.ALIGNMENT),
+        ((512, None, 1), ReasonCode.ALIGNMENT),
+        ((512, 16, None), ReasonCode.LAYOUT),
+    ],
+)
+def test_what_descriptors_take(strides, code):
+    reason = tma_refusal("W", (4, 32, 16), strides=strides, element_size=2)
+    assert (reason and reason.code) == code
+    assert reason is None or "of W" in reason.detail
+
+
+def test_a_single_row_needs_no_stride():
+    assert tma_refusal("W", (4, 1, 16), strides=(16, 0, 1), element_size=2) is None
+    assert tma_refusal("W", (4, None, 16), strides=(16, 0, 1), element_size=2).code is ReasonCode.LAYOUT

@@ -15,7 +15,7 @@ from lowering.reference.moe_expert_grad_weight import moe_expert_grad_weight_ref
 from lowering.reference.moe_expert_up import moe_expert_up_reference
 from lowering.schedule.device import H100
 from lowering.schedule.plan import schedule_for
-from lowering.schedule.schedule import GemmShape, Schedule
+from lowering.schedule.schedule import GemmShape, Loop, Schedule
 from lowering.templates import eager, standalone
 from tests.support.inputs import FORMS, WIDE, WIDE_FORMS, cast, down_args, grad_weight_args, sort_slots, up_args
 from tests.support.launches import interpret
@@ -23,6 +23,14 @@ from tests.support.oracle import assert_oracle_ratio
 
 SMALL = Schedule(16, 16, 16, 4, 2)
 SCHEDULES = [SMALL, Schedule(32, 32, 16, 4, 3), Schedule(16, 64, 32, 4, 3), Schedule(64, 16, 64, 8, 2)]
+MANY = [
+    Schedule(16, 32, 16, 4, 3, Loop(grouped=True), group_m=2),
+    Schedule(16, 16, 16, 4, 3, Loop(tma=True), group_m=1),
+    Schedule(32, 16, 16, 4, 3, Loop(tma=True, flatten=True), group_m=3),
+    Schedule(16, 32, 32, 4, 3, Loop(tma=True, flatten=True, subtiles=2), group_m=2),
+]
+# sizes of rows that tensor descriptors take
+ALIGNED = WIDE.replace(hidden=48, width=40)
 # primes are in no multiple of a tile, depth 48 is in whole steps of 16; tails, empty experts and no tokens are in FORMS
 DTYPES = (torch.float32, torch.float16)
 
@@ -75,6 +83,111 @@ def test_schedules(form, schedule):
     form = form.replace(dtype=torch.float32)
     check(up, up_reference, up_args(form), schedule=schedule)
     check(down, down_reference, down_args(form), schedule=schedule)
+
+
+class Few:
+    """A device with three SMs, so that programs take several tiles."""
+
+    num_sms = 3
+    capability = (9, 0)
+
+
+@pytest.fixture
+def few_sms(monkeypatch):
+    monkeypatch.setattr(eager, "device_spec", lambda index: Few)
+    return SourceWatch(monkeypatch)
+
+
+class SourceWatch:
+    """The texts that were launched."""
+
+    def __init__(self, monkeypatch):
+        self.texts = []
+        launch = standalone.launch
+
+        def watched(text, tensors, **options):
+            self.texts.append(text)
+            launch(text, tensors, **options)
+
+        monkeypatch.setattr(standalone, "launch", watched)
+
+
+@pytest.mark.parametrize("schedule", MANY[:2], ids=str)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_forms_with_many_rows(form, schedule, few_sms):
+    """Forms as they are: most have rows that no descriptor takes, so pointers stand in for it."""
+    form = form.replace(dtype=torch.float32)
+    check(up, up_reference, up_args(form), schedule=schedule)
+    check(down, down_reference, down_args(form), schedule=schedule)
+
+
+@pytest.mark.parametrize("schedule", MANY[1:], ids=str)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_forms_that_descriptors_take(form, schedule, few_sms):
+    form = form.replace(dtype=torch.float16, hidden=56, width=24, transposed=False)
+    check(up, up_reference, up_args(form), schedule=schedule)
+    check(down, down_reference, down_args(form), schedule=schedule)
+    if form.tokens:
+        assert all("w_desc.load" in text for text in few_sms.texts)
+
+
+@pytest.mark.parametrize("act", [IDENTITY, "u", "swiglu", "geglu_tanh", "min(max(g, -0.5), 0.5) * u", "relu2"])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("schedule", MANY, ids=str)
+def test_activations_with_many_rows(act, interleaved, schedule, few_sms):
+    args = up_args(ALIGNED.replace(dtype=torch.float32, bias=True, ids="sentinels"))[:6]
+    check(
+        lambda *args: up(*args, act, interleaved, schedule=schedule),
+        lambda *args: up_reference(*args, act, interleaved),
+        args,
+    )
+
+
+@pytest.mark.parametrize("schedule", MANY, ids=str)
+def test_offsets_of_64_bits_with_many_rows(schedule, few_sms):
+    form = ALIGNED.replace(dtype=torch.float32, ids="sentinels")
+    for kernel, reference, args in ((up, up_reference, up_args(form)), (down, down_reference, down_args(form))):
+        wide = [*args[:3], args[3].long(), args[4].long(), *args[5:]]
+        check(kernel, reference, wide, schedule=schedule)
+
+
+@pytest.mark.parametrize("schedule", MANY, ids=str)
+def test_rows_of_no_expert_are_zero_with_many_rows(schedule, few_sms):
+    form = ALIGNED.replace(dtype=torch.float32, ids="sentinels", bias=True)
+    act, w2, b2, order, offsets = down_args(form)
+    valid = int(offsets[-1])
+    act[valid:] = torch.nan
+    out = down(act, w2, b2, order, offsets, schedule=schedule)
+    assert out[order[valid:].long()].eq(0).all()
+    assert out[order[:valid].long()].isfinite().all()
+
+
+@pytest.mark.parametrize("schedule", MANY, ids=str)
+def test_nan_stays_in_its_rows_with_many_rows(schedule, few_sms):
+    form = ALIGNED.replace(dtype=torch.float32, top_k=1)
+    hidden, w13, b13, order, offsets, top_k, *_ = up_args(form)
+    hidden[5] = torch.nan
+    row = order.tolist().index(5)
+    out = up(hidden, w13, b13, order, offsets, top_k, "swiglu", schedule=schedule)
+    assert out[row].isnan().all()
+    assert out.isnan().sum() == out.shape[1]
+    act, w2, b2, order, offsets = down_args(form)
+    act[7] = torch.nan
+    out = down(act, w2, b2, order, offsets, schedule=schedule)
+    assert out[order[7]].isnan().all()
+    assert out.isnan().sum() == out.shape[1]
+
+
+@pytest.mark.parametrize("change", ["depth", "columns", "offset"])
+def test_what_descriptors_do_not_take_comes_by_pointers(change, few_sms):
+    """Rows of 168 bytes, weights stored column by column, an operand that begins in between."""
+    form = ALIGNED.replace(dtype=torch.float32, transposed=change == "columns", width=42 if change == "depth" else 40)
+    act, w2, b2, order, offsets = down_args(form)
+    if change == "offset":
+        act = torch.cat((torch.zeros(1), act.reshape(-1)))[1:].reshape(act.shape)
+    check(down, down_reference, (act, w2, b2, order, offsets), schedule=MANY[1])
+    assert not any("w_desc" in text for text in few_sms.texts)
+    assert all("GROUP_M" in text for text in few_sms.texts)
 
 
 @pytest.mark.parametrize("act", [IDENTITY, "u", "swiglu", "geglu_tanh", "min(max(g, -0.5), 0.5) * u", "relu2"])
@@ -156,7 +269,9 @@ class Launches:
 
     def __init__(self, monkeypatch):
         self.calls = []
-        monkeypatch.setattr(standalone, "launch", lambda text, tensors, **options: self.calls.append(options))
+        monkeypatch.setattr(
+            standalone, "launch", lambda text, _, **options: self.calls.append(options | {"text": text})
+        )
         monkeypatch.setattr(eager, "device_spec", lambda index: H100)
 
 
@@ -172,7 +287,8 @@ def test_the_schedule_is_planned_for_the_rows_of_the_call(tokens, monkeypatch):
         wanted = schedule_for(tokens * form.top_k, shape, device=H100)
         constants = launch["constants"]
         blocks = tuple(constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
-        assert Schedule(*blocks, launch["num_warps"], launch["num_stages"]) == wanted
+        assert Schedule(*blocks, launch["num_warps"], launch["num_stages"], wanted.loop, wanted.group_m) == wanted
+        assert ("w_desc" in launch["text"]) == wanted.loop.tma
         assert (constants["NUM_EXPERTS"], constants["E_POW2"]) == (6, 8)
     assert [launch["constants"]["TOP_K"] for launch in launches.calls] == [form.top_k, 1]
 

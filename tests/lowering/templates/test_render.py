@@ -7,6 +7,7 @@ import jinja2
 import pytest
 
 from lowering.activation import ALIASES
+from lowering.schedule.schedule import Loop, Schedule
 from lowering.templates import render
 from lowering.templates.render import ExpertGemmVariant, GradWeightVariant, template_text
 
@@ -16,6 +17,18 @@ VARIANTS = [
     for gather, bias, interleaved, even_k in itertools.product([False, True], repeat=4)
     for act in ("identity", "silu(g) * u", "square(relu(g))")
     for precision in ("ieee", "tf32")
+]
+LOOPS = [
+    Loop(grouped=True),
+    *(Loop(tma=True, flatten=flatten, subtiles=parts) for flatten in (False, True) for parts in (1, 2)),
+]
+VARIANTS += [
+    ExpertGemmVariant(gather, not gather, bias, act, interleaved, even_k).scheduled(
+        Schedule(128, 128, 64, 8, 4, loop), depth=64 if even_k else 48
+    )
+    for gather, bias, interleaved, even_k in itertools.product([False, True], repeat=4)
+    for act in ("identity", "silu(g) * u")
+    for loop in LOOPS
 ]
 
 
@@ -37,6 +50,7 @@ def fill(text):
         "moe_dispatch_count",
         "moe_dispatch_place",
         "moe_expert_gemm",
+        "moe_expert_gemm_tma",
         "moe_expert_grad_weight",
         "moe_route",
     ],
