@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import csv
+import dataclasses
 import math
 import random
 
@@ -18,37 +19,42 @@ import numpy as np
 import sympy
 
 from benchmarks.shapes import SHAPES
+from benchmarks.sweep_expert_gemm import gemm_shape, schedule_of
 from lowering.schedule import cost_model
 from lowering.schedule.device import H200
+from lowering.schedule.plan import candidates
+from lowering.schedule.schedule import Schedule
 
-Cell = tuple[str, str, int]
+Cell = tuple[str, str, int, str]  # shape, stage, tokens, file: times of one file were taken side by side
 
 
-def load(paths: list[str]) -> dict[Cell, tuple[np.ndarray, np.ndarray]]:
-    """Cells -> (arguments of the model, one column each [argument, schedule]; measured seconds [schedule], fp64)."""
-    rows: dict[Cell, list[tuple[list[float], float]]] = collections.defaultdict(list)
-    device = H200
+def load(paths: list[str]) -> dict[Cell, tuple[np.ndarray, np.ndarray, list[Schedule]]]:
+    """Cells -> (arguments of the model, one column each [argument, schedule]; measured seconds [schedule], fp64).
+
+    Without schedules that a plan would not consider.
+    """
+    rows: dict[Cell, dict[Schedule, float]] = collections.defaultdict(dict)
     for path in paths:
         with open(path) as file:
             for row in csv.DictReader(file):
-                shape, stage, tokens = SHAPES[row["shape"]], row["stage"], int(row["tokens"])
-                sizes = (
-                    (shape.hidden, shape.intermediate, 2) if stage == "up" else (shape.intermediate, shape.hidden, 1)
-                )
-                schedule = [float(row[k]) for k in ("block_m", "block_n", "block_k", "num_warps", "num_stages")]
-                machine = [device.num_sms, device.bandwidth, device.matrix_rate, device.shared_memory]
-                arguments = [tokens * shape.top_k, shape.num_experts, *sizes, 2, *schedule, *machine]
-                rows[row["shape"], stage, tokens].append((arguments, float(row["us"]) * 1e-6))
-    return {
-        cell: (np.array([a for a, _ in data], dtype=float).T, np.array([t for _, t in data]))
-        for cell, data in rows.items()
-    }
+                cell = row["shape"], row["stage"], int(row["tokens"]), path
+                rows[cell].setdefault(schedule_of(row), float(row["us"]) * 1e-6)
+    cells = {}
+    for cell, times in rows.items():
+        name, stage, tokens, _ = cell
+        shape, count = gemm_shape(SHAPES[name], stage), tokens * SHAPES[name].top_k
+        allowed = {dataclasses.replace(schedule, group_m=0) for schedule in candidates(shape, H200)}
+        schedules = [schedule for schedule in times if dataclasses.replace(schedule, group_m=0) in allowed]
+        values = [cost_model.arguments(count, shape, schedule=schedule, device=H200) for schedule in schedules]
+        measured = np.array([times[schedule] for schedule in schedules])
+        cells[cell] = np.array(values, dtype=float).T, measured, schedules
+    return cells
 
 
 def score(cells: dict, function: object, constants: dict[str, float]) -> tuple[float, dict[Cell, tuple[float, int]]]:
     """(objective, per cell (regret - 1, index picked))."""
     regrets, errors, picks = [], [], {}
-    for cell, (arguments, measured) in cells.items():
+    for cell, (arguments, measured, _) in cells.items():
         predicted = function(*arguments, *constants.values()) * np.ones_like(measured)
         pick = int(np.argmin(predicted))
         regret = math.log(measured[pick] / measured.min())
@@ -71,7 +77,7 @@ def main() -> None:
     inputs = (*cost_model.ARGUMENTS, *symbols)
     function = sympy.lambdify(inputs, cost_model.gemm_time(), modules="numpy", cse=True)
     constants = dict(cost_model.CONSTANTS)
-    best, picks = score(cells, function, constants)
+    objective, picks = score(cells, function, constants)
     if arguments.fit:
         generator = random.Random(0)
         for _ in range(arguments.rounds):
@@ -80,18 +86,15 @@ def main() -> None:
                 trial[name] *= math.exp(generator.gauss(0, 0.15))
             trial["memory_efficiency"] = min(0.95, trial["memory_efficiency"])
             value, trial_picks = score(cells, function, trial)
-            if value < best:
-                best, constants, picks = value, trial, trial_picks
+            if value < objective:
+                objective, constants, picks = value, trial, trial_picks
         for name, value in constants.items():
             print(f'    "{name}": {value:.3g},')
     for cell, (regret, pick) in picks.items():
-        arguments_, measured = cells[cell]
-        picked = (
-            "x".join(f"{v:.0f}" for v in arguments_[6:9, pick])
-            + f" w{arguments_[9, pick]:.0f} s{arguments_[10, pick]:.0f}"
-        )
-        print(f"{cell!s:30} best {measured.min() * 1e6:8.1f} us, picked {picked:22} +{regret * 100:.1f} %")
-    print(f"mean regret {np.mean([r for r, _ in picks.values()]) * 100:.1f} %, objective {best:.4f}")
+        _, measured, schedules = cells[cell]
+        best, picked = schedules[int(measured.argmin())], schedules[pick]
+        print(f"{cell!s:30} {measured.min() * 1e6:8.1f} us {best!s:36} picked {picked!s:36} +{regret * 100:.1f} %")
+    print(f"mean regret {np.mean([r for r, _ in picks.values()]) * 100:.1f} %, objective {objective:.4f}")
 
 
 if __name__ == "__main__":

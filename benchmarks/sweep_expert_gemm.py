@@ -1,6 +1,7 @@
-"""Time every schedule of the two expert GEMMs: the data the cost model is calibrated and judged by.
+"""Time schedules of the two expert GEMMs: the data the cost model is calibrated and judged by.
 
-    python benchmarks/sweep_expert_gemm.py --shapes qwen3 mixtral --out sweep.csv
+    python -m benchmarks.sweep_expert_gemm --shapes qwen3 mixtral --out sweep.csv
+    python -m benchmarks.sweep_expert_gemm --best 12 --out sweep.csv    only those that the cost model ranks first
 
 One CSV row per (shape, stage, tokens, schedule): median microseconds of CUDA-graph replays over rotated routings, so
 that weights come from memory and not from L2.
@@ -18,17 +19,20 @@ import time
 import torch
 
 from benchmarks.shapes import SHAPES, TOKENS, Shape
-from lowering.schedule.device import device_spec
+from lowering.schedule.cost_model import predict
+from lowering.schedule.device import DeviceSpec, device_spec
 from lowering.schedule.plan import candidates
-from lowering.schedule.schedule import GemmShape, Schedule
+from lowering.schedule.schedule import PLAIN, GemmShape, Loop, Schedule
 from lowering.templates import eager, standalone
 from lowering.templates.render import ExpertGemmVariant
 
 ROUTINGS = 8
-FIELDS = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
+FIELDS = tuple(field.name for field in dataclasses.fields(Schedule) if field.name != "loop")
+LOOP_FIELDS = tuple(field.name for field in dataclasses.fields(Loop))
 
 
-def _gemm_shape(shape: Shape, stage: str) -> GemmShape:
+def gemm_shape(shape: Shape, stage: str) -> GemmShape:
+    """The GEMM of a stage, "up" or "down"."""
     if stage == "up":
         return GemmShape(shape.num_experts, shape.hidden, shape.intermediate, True)
     return GemmShape(shape.num_experts, shape.intermediate, shape.hidden, False)
@@ -55,13 +59,14 @@ def _tensors(shape: Shape, stage: str, tokens: int, device: str) -> dict[str, to
 def _precompile(job: tuple[str, str, int, Schedule]) -> str:
     name, stage, tokens, schedule = job
     shape = SHAPES[name]
-    tensors, variant = _tensors(shape, stage, tokens, "meta"), _variant(stage)
+    tensors = _tensors(shape, stage, tokens, "meta")
+    variant = _variant(stage).scheduled(schedule, depth=tensors["A"].shape[1])
     width = tensors["OUT"].shape[1]
     top_k = shape.top_k if stage == "up" else 1
     constants = eager.gemm_constants(shape.num_experts, top_k, width=width, schedule=schedule)
     constants["INDEX_DTYPE"] = eager.index_type(tensors["OUT"])
     try:
-        standalone.compile_only(
+        kernel = standalone.compile_only(
             variant.source(),
             tensors,
             name=variant.name,
@@ -71,7 +76,8 @@ def _precompile(job: tuple[str, str, int, Schedule]) -> str:
         )
     except Exception as error:  # a schedule the compiler refuses is a result, printed with its reason
         return f"{job}: {type(error).__name__} {error}"
-    return ""
+    shared, limit = kernel.metadata.shared, device_spec().shared_memory
+    return "" if shared <= limit else f"{job}: {shared} bytes of shared memory of {limit}"
 
 
 def _routings(shape: Shape, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -126,22 +132,31 @@ def _measure(name: str, stage: str, tokens: int, schedules: list[Schedule], writ
             out = run(0).float()
             reference = out if reference is None else reference
             error = ((out - reference).norm() / reference.norm()).item()
-            micros = _time(run, 16 if tokens <= 512 else 3)
+            micros = _time(run, 16 if tokens <= 2048 else 4)
         except Exception as error_:  # a schedule the device refuses is a result, printed with its reason
             print(name, stage, tokens, schedule, type(error_).__name__, str(error_)[:100], flush=True)
             continue
-        writer.writerow([name, stage, tokens, *dataclass_values(schedule), f"{micros:.2f}", f"{error:.1e}"])
+        writer.writerow([name, stage, tokens, *_values(schedule), f"{micros:.2f}", f"{error:.1e}"])
 
 
-def dataclass_values(schedule: Schedule) -> tuple[int, ...]:
-    """The fields of a schedule in order."""
-    return dataclasses.astuple(schedule)
+def schedule_of(row: dict[str, str]) -> Schedule:
+    """The schedule of a CSV row."""
+    loop = Loop(**{name: type(getattr(PLAIN, name))(int(row[name])) for name in LOOP_FIELDS})
+    return Schedule(**{name: int(row[name]) for name in FIELDS}, loop=loop)
 
 
-def _worth(schedule: Schedule, shape: Shape, tokens: int) -> bool:
-    """Leave out tiles far from the rows an expert gets: they cannot win and cost device time."""
-    rows = max(1.0, tokens * shape.top_k / shape.num_experts)
-    return schedule.block_m <= max(16, 4 * rows) and schedule.block_m >= min(64, rows / 8)
+def _values(schedule: Schedule) -> list[int]:
+    return [*(getattr(schedule, name) for name in FIELDS), *(int(getattr(schedule.loop, name)) for name in LOOP_FIELDS)]
+
+
+def _worth(shape: Shape, stage: str, tokens: int, *, device: DeviceSpec, best: int) -> list[Schedule]:
+    """All schedules but those with tiles far from the rows an expert gets, which cannot win and cost device time."""
+    rows, gemm = tokens * shape.top_k, gemm_shape(shape, stage)
+    found = candidates(gemm, device)
+    if best:
+        return sorted(found, key=lambda schedule: predict(rows, gemm, schedule=schedule, device=device))[:best]
+    own = max(1.0, rows / shape.num_experts)
+    return [schedule for schedule in found if min(64, own / 8) <= schedule.block_m <= max(16, 4 * own)]
 
 
 def main() -> None:
@@ -149,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--best", type=int, default=0, help="only so many schedules, the model's first; 0: all")
     parser.add_argument("--out", default="sweep.csv")
     parser.add_argument("--seconds", type=float, default=400)
     arguments = parser.parse_args()
@@ -159,8 +175,7 @@ def main() -> None:
         for name in arguments.shapes
         for tokens in arguments.tokens
         for stage in ("up", "down")
-        for schedule in candidates(_gemm_shape(SHAPES[name], stage), device)
-        if _worth(schedule, SHAPES[name], tokens)
+        for schedule in _worth(SHAPES[name], stage, tokens, device=device, best=arguments.best)
     ]
     unique = {(j[0], j[1], j[3], j[2] >= 16): j for j in jobs}
     with multiprocessing.get_context("spawn").Pool(16) as pool:
@@ -169,7 +184,7 @@ def main() -> None:
     print("\n".join(problems[:20]))
     with open(arguments.out, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["shape", "stage", "tokens", *FIELDS, "us", "error"])
+        writer.writerow(["shape", "stage", "tokens", *FIELDS, *LOOP_FIELDS, "us", "error"])
         for name in arguments.shapes:
             for tokens in arguments.tokens:
                 for stage in ("up", "down"):

@@ -13,16 +13,17 @@ from ..activation import IDENTITY, is_gated
 from ..graph.dataflow import arguments, is_op
 from ..report import layer_of, record
 from ..schedule.device import DeviceSpec, device_spec
-from ..schedule.plan import plan
-from ..schedule.schedule import GemmShape, RowRange, Schedule
+from ..schedule.plan import exact_schedule, plan
+from ..schedule.schedule import GemmShape, RowRange, Schedule, tma_refusal
 from . import _compat
 
 
-def gemm_shape(weight: tuple[int, int, int], act: str, *, element_size: int) -> GemmShape:
-    """The shape of a GEMM over a `weight` [E, rows, depth]; gated activations halve the output width."""
-    num_experts, weight_rows, depth = weight
+def gemm_shape(sizes: tuple[int, ...], strides: tuple[int, ...], *, act: str, element_size: int) -> GemmShape:
+    """The shape of a GEMM over a weight [E, rows, depth]; gated activations halve the output width."""
+    num_experts, weight_rows, depth = sizes
     gated = is_gated(act)
-    return GemmShape(num_experts, depth, weight_rows // 2 if gated else weight_rows, gated, element_size)
+    descriptors = tma_refusal("W", sizes, strides=strides, element_size=element_size) is None
+    return GemmShape(num_experts, depth, weight_rows // 2 if gated else weight_rows, gated, element_size, descriptors)
 
 
 def _shape_of(node: torch.fx.Node) -> GemmShape | None:
@@ -30,9 +31,10 @@ def _shape_of(node: torch.fx.Node) -> GemmShape | None:
     given = arguments(node)
     is_up = is_op(node, torch.ops.diffulex.moe_expert_up)
     value = given["w13" if is_up else "w2"].meta.get("val")
-    if value is None or not all(isinstance(size, int) for size in value.shape):
+    if value is None or not all(isinstance(size, int) for size in (*value.shape, *value.stride())):
         return None
-    return gemm_shape(tuple(value.shape), given["act"] if is_up else IDENTITY, element_size=value.element_size())
+    act = given["act"] if is_up else IDENTITY
+    return gemm_shape(tuple(value.shape), tuple(value.stride()), act=act, element_size=value.element_size())
 
 
 def _siblings(offsets: torch.fx.Node) -> tuple[GemmShape, ...]:
@@ -44,7 +46,10 @@ def _siblings(offsets: torch.fx.Node) -> tuple[GemmShape, ...]:
 
 
 def row_range(rows: Any, shapes: tuple[GemmShape, ...], *, device: DeviceSpec) -> RowRange:
-    """The range that holds `rows` (an int or a symbolic expression, which is guarded on)."""
+    """The range that holds `rows`, of its own where they are an int; a symbolic expression is guarded on."""
+    known = _compat.known_size(rows)
+    if known is not None:
+        return RowRange(known, tuple(exact_schedule(known, shape, device=device) for shape in shapes))
     for candidate in plan(shapes, device):
         if candidate.max_rows is None or _compat.guard_less_equal(rows, candidate.max_rows):
             return candidate
@@ -59,9 +64,12 @@ def schedule_of(rows: Any, shape: GemmShape, *, device: torch.device) -> Schedul
     if shape not in shapes:
         shapes = (shape,)
     spec = device_spec(device.index or 0)
-    ranges = "; ".join(map(str, plan(shapes, spec)))
-    record("plan", "row_ranges", layer=layer_of(node) if node is not None else "", outcome=ranges)
     chosen = row_range(rows, shapes, device=spec)
+    if _compat.known_size(rows) is None:
+        outcome = "; ".join(map(str, plan(shapes, spec)))
+    else:
+        outcome = f"{rows} rows: {' and '.join(map(str, chosen.schedules))}"
+    record("plan", "row_ranges", layer=layer_of(node) if node is not None else "", outcome=outcome)
     return chosen.schedules[shapes.index(shape)]
 
 

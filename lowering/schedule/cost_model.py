@@ -1,7 +1,8 @@
 """Time of one expert GEMM as one sympy expression of the row count, the shape, the schedule and the device.
 
-Three terms: bytes (each expert hit is read once, at the rate the loads in flight can sustain), matrix work (tiles with
-their padding, in whole waves over the SMs), and fixed costs per launch and per wave. Routing is taken as uniform.
+Three terms: bytes (from memory once, or once a row tile where the order of the tiles leaves nothing of an expert in L2,
+at the rate the loads in flight can sustain; from L2 once a tile), matrix work (tiles with their padding, in whole waves
+over the SMs), and fixed costs per launch and per tile. Routing is taken as uniform.
 """
 
 from __future__ import annotations
@@ -17,22 +18,32 @@ from .schedule import GemmShape, Schedule
 # N rows (slots), E experts, D reduction depth, W output width, G weight halves per column, B bytes per element
 N, E, D, W, G, B = sympy.symbols("N E D W G B", positive=True)
 BM, BN, BK, WARPS, STAGES = sympy.symbols("BM BN BK WARPS STAGES", positive=True)
-SMS, BANDWIDTH, MATRIX, SHARED = sympy.symbols("SMS BANDWIDTH MATRIX SHARED", positive=True)
+TMA, FLATTEN, GROUPED = sympy.symbols("TMA FLATTEN GROUPED", nonnegative=True)  # 0 or 1
+SMS, BANDWIDTH, MATRIX, SHARED, L2 = sympy.symbols("SMS BANDWIDTH MATRIX SHARED L2", positive=True)
 
 # What the hardware does to the ideal formulas; fitted by benchmarks/calibrate_cost_model.py to measured sweeps.
 CONSTANTS = {
     "memory_efficiency": 0.95,  # of the nominal bandwidth, for streamed weights
-    "latency": 1.02e-06,  # seconds from a load's issue to its data under load
-    "launch": 4.27e-06,  # seconds a kernel costs whatever it does
-    "wave": 3.85e-07,  # seconds a program costs: finding its expert, filling the pipeline, storing
-    "step": 4.16e-08,  # seconds a step of the main loop costs beyond its bytes and FLOP: barriers, addresses
-    "rows16": 0.675,  # of the matrix rate with 16-row tiles
-    "rows32": 0.473,  # with 32-row tiles
-    "rows64": 0.501,  # with tiles that wgmma takes
-    "reuse": 67.7,  # FLOP per operand element from which loads no longer bound the main loop
-    "shallow": 0.944,  # factor for pipelines of 3 stages against 4
-    "imbalance": 0.18,  # of a wave lost at the end
-    "overlap": 0.137,  # of the shorter of memory and matrix time that is not hidden
+    "latency": 9.58e-07,  # seconds from a load's issue to its data under load
+    "launch": 5.04e-06,  # seconds a kernel costs whatever it does
+    "wave": 4.16e-07,  # seconds a program costs: finding its expert, filling the pipeline, storing
+    "step": 3.2e-08,  # seconds a step of the main loop costs beyond its bytes and FLOP: barriers, addresses
+    "rows16": 1,  # of the matrix rate with 16-row tiles
+    "rows32": 0.776,  # with 32-row tiles
+    "rows64": 0.613,  # with tiles that wgmma takes
+    "reuse": 43.2,  # FLOP per operand element from which loads no longer bound the main loop
+    "shallow": 0.947,  # factor for pipelines of 3 stages against 4
+    "imbalance": 0.198,  # of a wave lost at the end
+    "overlap": 0.209,  # of the shorter of memory and matrix time that is not hidden
+    "short_rows": 0.949,  # of the rate of loads whose rows are shorter than 256 bytes
+    "l2_rate": 1.85,  # of the bandwidth of memory, from L2
+    "l2_share": 1.25,  # of L2 that an expert's weights can have and still be there for its next row tile
+    "grouped": 1.75e-07,  # seconds a program's place in the grouped order costs
+    "descriptors": 1.62e-06,  # seconds until a kernel has made its tensor descriptors
+    "tma_rate": 2.58,  # matrix rate with tensor descriptors against pointers
+    "tma_step": 1.97,  # of `step` with tensor descriptors
+    "flatten_rate": 0.95,  # matrix rate of a flattened loop
+    "flatten_tile": 0.000545,  # of what a tile costs beyond its loop, in a flattened loop
 }
 _CONSTANT = {name: sympy.Symbol(name, positive=True) for name in CONSTANTS}
 
@@ -44,7 +55,8 @@ def _matrix_efficiency() -> sympy.Expr:
     reuse = BM * columns / (BM + columns)  # FLOP per operand element
     rows = sympy.Piecewise((c["rows16"], BM < 32), (c["rows32"], BM < 64), (c["rows64"], True))
     depth = sympy.Piecewise((c["shallow"], STAGES < 4), (1, True))
-    return rows * depth * sympy.Min(1, reuse / c["reuse"])
+    loop = (1 + TMA * (c["tma_rate"] - 1)) * (1 + FLATTEN * (c["flatten_rate"] - 1))
+    return rows * depth * loop * sympy.Min(1, reuse / c["reuse"])
 
 
 @functools.cache
@@ -58,44 +70,63 @@ def gemm_time() -> sympy.Expr:
     shared = (BM + BN * G) * BK * B * STAGES
     registers = 32 * WARPS * (BM * BN * G / (32 * WARPS) + 48)
     resident = sympy.Max(1, sympy.floor(sympy.Min(SHARED / shared, 65_536 / registers, 64 / WARPS)))
+    resident = sympy.Piecewise((1, TMA > 0), (resident, True))
     in_flight = BN * G * BK * B * (STAGES - 1)
     rate = sympy.Min(BANDWIDTH * c["memory_efficiency"], sympy.Min(programs, SMS * resident) * in_flight / c["latency"])
-    memory = (hit * W * G * D * B + N * (D + W) * B) / rate
+    rate *= sympy.Piecewise((c["short_rows"], BK * B < 256), (1, True))
+    expert = W * G * D * B
+    kept = sympy.Or(GROUPED > 0, expert < c["l2_share"] * L2)
+    from_memory = sympy.Piecewise((hit, kept), (row_tiles, True)) * expert + N * (D + W) * B
+    from_l2 = programs * (BN * G + BM) * D * B
+    memory = sympy.Max(from_memory / rate, from_l2 / (BANDWIDTH * c["l2_rate"]))
 
     tile_time = 2 * BM * BN * G * D / (MATRIX / SMS * _matrix_efficiency())
     matrix = sympy.Max(1, programs / SMS + c["imbalance"]) * tile_time
-    steps = c["step"] * sympy.ceiling(D / BK) * sympy.Max(1, programs / (SMS * resident))
+    waves = sympy.Max(1, programs / (SMS * resident))
+    steps = c["step"] * (1 + TMA * (c["tma_step"] - 1)) * sympy.ceiling(D / BK) * waves
+    tile = c["wave"] * (1 + FLATTEN * (c["flatten_tile"] - 1)) + GROUPED * (1 - TMA) * c["grouped"]
     work = steps + sympy.Max(memory, matrix) + c["overlap"] * sympy.Min(memory, matrix)
-    return c["launch"] + work + c["wave"] * sympy.Max(1, programs / (SMS * resident))
+    return c["launch"] + TMA * c["descriptors"] + work + tile * waves
 
 
-ARGUMENTS = (N, E, D, W, G, B, BM, BN, BK, WARPS, STAGES, SMS, BANDWIDTH, MATRIX, SHARED)
+_SCHEDULE = (BM, BN, BK, WARPS, STAGES, TMA, FLATTEN, GROUPED)
+_DEVICE = (SMS, BANDWIDTH, MATRIX, SHARED, L2)
+ARGUMENTS = (N, E, D, W, G, B, *_SCHEDULE, *_DEVICE)
+
+
+def arguments(rows: int, shape: GemmShape, *, schedule: Schedule, device: DeviceSpec) -> tuple[float, ...]:
+    """The values of `ARGUMENTS`."""
+    loop = schedule.loop
+    return (
+        rows,
+        shape.num_experts,
+        shape.depth,
+        shape.width,
+        2 if shape.gated else 1,
+        shape.element_size,
+        schedule.block_m,
+        schedule.block_n,
+        schedule.block_k,
+        schedule.num_warps,
+        schedule.num_stages,
+        int(loop.tma),
+        int(loop.flatten),
+        int(loop.grouped or loop.tma),
+        device.num_sms,
+        device.bandwidth,
+        device.matrix_rate,
+        device.shared_memory,
+        device.l2_size,
+    )
 
 
 @functools.cache
 def _evaluator() -> Callable[..., float]:
-    values = {symbol: CONSTANTS[name] for name, symbol in _CONSTANT.items()}
-    return sympy.lambdify(ARGUMENTS, gemm_time().subs(values), modules="math", cse=True)
+    # constants as arguments: putting numbers into the expression takes sympy longer than all the rest
+    function = sympy.lambdify((*ARGUMENTS, *_CONSTANT.values()), gemm_time(), modules="math", cse=True)
+    return lambda *values: function(*values, *CONSTANTS.values())
 
 
 def predict(rows: int, shape: GemmShape, *, schedule: Schedule, device: DeviceSpec) -> float:
     """Seconds of one expert GEMM over `rows` rows."""
-    return float(
-        _evaluator()(
-            rows,
-            shape.num_experts,
-            shape.depth,
-            shape.width,
-            2 if shape.gated else 1,
-            shape.element_size,
-            schedule.block_m,
-            schedule.block_n,
-            schedule.block_k,
-            schedule.num_warps,
-            schedule.num_stages,
-            device.num_sms,
-            device.bandwidth,
-            device.matrix_rate,
-            device.shared_memory,
-        )
-    )
+    return float(_evaluator()(*arguments(rows, shape, schedule=schedule, device=device)))

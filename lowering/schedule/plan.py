@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 
 from .cost_model import predict
 from .device import DeviceSpec
-from .schedule import GemmShape, RowRange, Schedule
+from .schedule import PLAIN, GemmShape, Loop, RowRange, Schedule
 
 MAX_RANGES = 4
 _ROW_GRID = tuple(2**power for power in range(3, 21))
@@ -17,17 +18,34 @@ _RANGE_COST = 0.05  # summed log loss that another range, so another compilation
 
 def candidates(shape: GemmShape, device: DeviceSpec) -> list[Schedule]:
     """Schedules that fit the device's shared memory and registers."""
-    found = []
+    return [
+        schedule
+        for schedule in (*_pointer_schedules(), *_descriptor_schedules(shape, device))
+        if schedule.shared_memory(gated=shape.gated, element_size=shape.element_size) <= device.shared_memory - 2048
+        and 4 <= schedule.accumulators_per_thread(gated=shape.gated) <= 128
+    ]
+
+
+def _pointer_schedules() -> Iterator[Schedule]:
     for block_m, block_n, block_k in itertools.product((16, 32, 64, 128), (32, 64, 128, 256), (64, 128, 256)):
-        for num_warps, num_stages in itertools.product((4, 8), (3, 4)):
-            schedule = Schedule(block_m, block_n, block_k, num_warps, num_stages)
-            shared = schedule.shared_memory(gated=shape.gated, element_size=shape.element_size)
-            registers = schedule.accumulators_per_thread(gated=shape.gated)
-            narrow = block_m < 64 and num_warps == 8
-            narrow = narrow or (block_k == 256 and block_m > 16)  # deep tiles only pay where rows are few
-            if shared <= device.shared_memory - 2048 and 4 <= registers <= 128 and not narrow:
-                found.append(schedule)
-    return found
+        if (block_k == 256 and block_m > 16) or (block_n == 256 and block_m < 64):
+            continue  # deep tiles only pay where rows are few, wide ones where they are many
+        # an expert has several tiles of rows only where there are many: then their order matters
+        loops = (PLAIN,) if block_m == 16 else (PLAIN, Loop(grouped=True))
+        warps = (4,) if block_m < 64 else (4, 8)
+        for num_warps, num_stages, loop in itertools.product(warps, (3, 4), loops):
+            yield Schedule(block_m, block_n, block_k, num_warps, num_stages, loop)
+
+
+def _descriptor_schedules(shape: GemmShape, device: DeviceSpec) -> Iterator[Schedule]:
+    if device.capability < (9, 0) or shape.element_size != 2 or not shape.descriptors:
+        return
+    for block_m, block_n in ((64, 64), (64, 128), (64, 256), (128, 128), (128, 256)):
+        for block_k, num_stages, flatten in itertools.product((64, 128), (3, 4), (False, True)):
+            # the stored tile and the next one's operands have to fit side by side in a flattened loop
+            loop = Loop(tma=True, flatten=flatten, subtiles=2 if flatten and block_n == 256 else 1)
+            group_m = 16 if shape.gated else 8  # with halves twice as wide, a wave's square has twice the row tiles
+            yield Schedule(block_m, block_n, block_k, block_m // 16, num_stages, loop, group_m)
 
 
 @functools.lru_cache(maxsize=256)
@@ -71,8 +89,19 @@ def plan(shapes: tuple[GemmShape, ...], device: DeviceSpec, *, max_ranges: int =
     )
 
 
+@functools.lru_cache(maxsize=1024)
+def exact_schedule(rows: int, shape: GemmShape, *, device: DeviceSpec) -> Schedule:
+    """The schedule for one GEMM that will only ever have `rows` rows, 0 too.
+
+    It may sum in other steps than `schedule_for` the same rows: graphs for one row count and for many agree by the
+    error of the dtype, not bitwise.
+    """
+    rows = max(1, rows)
+    return min(candidates(shape, device), key=lambda found: predict(rows, shape, schedule=found, device=device))
+
+
 def schedule_for(rows: int, shape: GemmShape, *, device: DeviceSpec) -> Schedule:
-    """The schedule for one GEMM over `rows` rows."""
+    """The schedule for one GEMM over `rows` rows, out of the few that all row counts share."""
     for row_range in plan((shape,), device):
         if row_range.max_rows is None or rows <= row_range.max_rows:
             return row_range.schedules[0]

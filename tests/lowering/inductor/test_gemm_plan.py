@@ -13,7 +13,7 @@ from lowering.inductor.gemm_plan import gemm_shape, row_range, rows_bound
 from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
 from lowering.schedule.device import H100, DeviceSpec
-from lowering.schedule.plan import plan
+from lowering.schedule.plan import exact_schedule, plan
 from lowering.schedule.schedule import GemmShape
 from tests.support.blocks import Block
 from tests.support.inputs import BlockForm
@@ -24,9 +24,10 @@ BOUNDS = [found.max_rows for found in plan((UP, DOWN), H100)]
 
 
 def test_shapes():
-    assert gemm_shape((8, 64, 32), "silu(g) * u", element_size=2) == GemmShape(8, 32, 32, True, 2)
-    assert gemm_shape((8, 64, 32), "relu(g)", element_size=4) == GemmShape(8, 32, 64, False, 4)
-    assert gemm_shape((8, 64, 32), "identity", element_size=2) == GemmShape(8, 32, 64, False, 2)
+    sizes, strides = (8, 64, 32), (2048, 32, 1)
+    assert gemm_shape(sizes, strides, act="silu(g) * u", element_size=2) == GemmShape(8, 32, 32, True, 2)
+    assert gemm_shape(sizes, strides, act="relu(g)", element_size=4) == GemmShape(8, 32, 64, False, 4)
+    assert gemm_shape(sizes, (2048, 1, 64), act="identity", element_size=2) == GemmShape(8, 32, 64, False, 2, False)
 
 
 def graph_of(*stages):
@@ -92,15 +93,20 @@ def test_dispatch_is_bounded_by_the_gemms_behind_it(monkeypatch):
 WIDE = BlockForm(tokens=6, experts=64, top_k=4, hidden=256, width=128, dtype=torch.bfloat16)
 
 
-def test_every_gemm_of_a_graph_reports_the_same_ranges():
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_every_gemm_of_a_graph_reports_the_same_ranges(dynamic):
+    """Known row counts have the best schedules for them, not those of a range."""
     register_lowerings()
-    function = Block(WIDE)
+    function, device = Block(WIDE), DeviceSpec.of_properties(FAKE)
+    inputs = function.inputs()
+    for tensor in inputs[:3] if dynamic else []:
+        torch._dynamo.mark_dynamic(tensor, 0)
     with collect() as decisions:
-        offline.offline_source(function, function.inputs())
-    ranges = {decision.outcome for decision in decisions if decision.subject == "row_ranges"}
-    (text,) = ranges
+        offline.offline_source(function, inputs)
+    (text,) = {decision.outcome for decision in decisions if decision.subject == "row_ranges"}
     shapes = (GemmShape(64, 256, 128, True), GemmShape(64, 128, 256, False))
-    assert text == "; ".join(map(str, plan(shapes, DeviceSpec.of_properties(FAKE))))
+    best = " and ".join(str(exact_schedule(24, shape, device=device)) for shape in shapes)
+    assert text == ("; ".join(map(str, plan(shapes, device))) if dynamic else f"24 rows: {best}")
 
 
 class Graphs:

@@ -50,9 +50,8 @@ def slow_evaluator():
 @given(cases())
 def test_prediction_is_the_expression(case):
     rows, shape, schedule = case
-    sizes = (rows, *dataclasses.astuple(shape)[:3], 2 if shape.gated else 1, shape.element_size)
-    device = (H100.num_sms, H100.bandwidth, H100.matrix_rate, H100.shared_memory)
-    expected = slow_evaluator()(*sizes, *dataclasses.astuple(schedule), *device, *CONSTANTS.values())
+    arguments = cost_model.arguments(rows, shape, schedule=schedule, device=H100)
+    expected = slow_evaluator()(*arguments, *CONSTANTS.values())
     assert seconds(rows, shape, schedule) == pytest.approx(float(expected), rel=1e-9)
 
 

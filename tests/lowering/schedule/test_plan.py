@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lowering.schedule import plan as module_under_test
 from lowering.schedule.cost_model import predict
 from lowering.schedule.device import H100, DeviceSpec
-from lowering.schedule.plan import MAX_RANGES, candidates, plan, schedule_for
+from lowering.schedule.plan import MAX_RANGES, candidates, exact_schedule, plan, schedule_for
 from lowering.schedule.schedule import GemmShape
 
 GRID = module_under_test._ROW_GRID
@@ -110,6 +110,12 @@ def test_no_row_count_is_far_from_its_best_schedule():
             chosen = predict(rows, shape, schedule=schedule_for(rows, shape, device=H100), device=H100)
             best = min(predict(rows, shape, schedule=c, device=H100) for c in candidates(shape, H100))
             assert chosen <= 1.25 * best, (shape, rows)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 100, 32768])
+def test_rows_that_are_known_get_the_best_schedule(rows):
+    best = min(candidates(UP, H100), key=lambda found: predict(max(1, rows), UP, schedule=found, device=H100))
+    assert exact_schedule(rows, UP, device=H100) == best
 
 
 def test_a_bound_belongs_to_its_range():
