@@ -185,6 +185,7 @@ def _parse(act: str) -> ast.expr:
     return node
 
 
+@functools.lru_cache(maxsize=512)
 def canonical(act: str) -> str:
     """The formula behind a name or formula, in one spelling; `MoEOptionError` when it is neither."""
     return IDENTITY if act == IDENTITY else ast.unparse(_parse(act))
@@ -214,6 +215,7 @@ def _call(name: str, argument: ast.expr) -> ast.expr:
     return ast.Call(ast.Name(name, ast.Load()), [argument], [])
 
 
+@functools.lru_cache(maxsize=512)
 def simplify(act: str) -> str:
     """The formula in one spelling, with sigmoid and silu put together again where a graph spells them out."""
     if act == IDENTITY:
