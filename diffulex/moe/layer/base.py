@@ -140,15 +140,21 @@ class FusedMoE(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         """Make the parameters of the experts held here, of that many and that wide, and draw them."""
-        experts = self.spec.experts
-        rows, hidden = width * (2 if experts.gated else 1), experts.hidden_size
-        sizes = {"w13": (num_experts, rows, hidden), "w2": (num_experts, hidden, width)}
-        biases = {"b13": (num_experts, rows), "b2": (num_experts, hidden)}
-        for name, size in (sizes | biases).items():
-            absent = name in biases and not experts.bias
+        for name, size in self._expert_shapes(num_experts, width).items():
+            absent = name in ("b13", "b2") and not self.spec.experts.bias
             value = None if absent else nn.Parameter(torch.empty(size, device=device, dtype=dtype))
             self.register_parameter(name, value)
         self.reset_parameters()
+
+    def _expert_shapes(self, num_experts: int, width: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of that many experts of that width, biases included."""
+        rows, hidden = width * (2 if self.spec.experts.gated else 1), self.spec.experts.hidden_size
+        return {
+            "w13": (num_experts, rows, hidden),
+            "w2": (num_experts, hidden, width),
+            "b13": (num_experts, rows),
+            "b2": (num_experts, hidden),
+        }
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

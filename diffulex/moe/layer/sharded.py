@@ -120,7 +120,7 @@ class ShardedFusedMoE(FusedMoE):
     def load_full(self, state: Mapping[str, Tensor]) -> None:
         """Take this rank's part of a whole layer: `NaiveFusedMoE.state_dict()`, w13 [E, J, H] floating and so on.
 
-        `MoECheckpointError` where names are missing or unexpected.
+        Raises `MoECheckpointError` where names are missing or unexpected or shapes are others; then nothing is taken.
         """
         own = self.state_dict(keep_vars=True)
         spare = {"b2"} if self.spec.experts.bias else set()  # where another rank adds it
@@ -130,6 +130,16 @@ class ShardedFusedMoE(FusedMoE):
                 f"{type(self).__name__}.load_full",
                 expected=f"the names {', '.join(own)}",
                 got=f"{', '.join(sorted(missing)) or 'none'} missing, {', '.join(sorted(unexpected)) or 'none'} more",
+                hint="Pass the state_dict of the NaiveFusedMoE of the same config.",
+            )
+        whole = self._expert_shapes(self.num_experts, self.intermediate_size)
+        shapes = {name: whole.get(name, tuple(tensor.shape)) for name, tensor in own.items()}
+        misshapen = [name for name, shape in shapes.items() if tuple(state[name].shape) != shape]
+        if misshapen:
+            raise MoECheckpointError.of(
+                f"{type(self).__name__}.load_full",
+                expected=", ".join(f"{name} {shapes[name]}" for name in misshapen),
+                got=", ".join(f"{name} {tuple(state[name].shape)}" for name in misshapen),
                 hint="Pass the state_dict of the NaiveFusedMoE of the same config.",
             )
         for name, tensor in own.items():

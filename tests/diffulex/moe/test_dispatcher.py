@@ -1,5 +1,6 @@
 """The contract of token dispatchers, on a group of one rank in this process: order of calls, capacity, DeepEP."""
 
+import copy
 import dataclasses
 import sys
 from types import ModuleType, SimpleNamespace
@@ -316,6 +317,24 @@ def test_load_full_names_what_does_not_fit(mesh):
         layer.load_full({name: tensor for name, tensor in state.items() if name != "w2"})
     with pytest.raises(MoECheckpointError, match="none missing, b2, more more"):
         layer.load_full(state | {"more": state["w2"], "b2": state["w2"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "expected", "got"),
+    [
+        ("gate.weight", lambda t: t[:1], "gate.weight (8, 8)", "gate.weight (1, 8)"),
+        ("w13", lambda t: torch.cat((t, t)), "w13 (8, 12, 8)", "w13 (16, 12, 8)"),
+        ("w2", lambda t: torch.cat((t, t), dim=2), "w2 (8, 8, 6)", "w2 (8, 8, 12)"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"mode": "tp", "shard": "width"}], ids=str)
+def test_load_full_takes_no_other_shape(mesh, options, name, change, expected, got):
+    """What a slice or a broadcast would make fit."""
+    layer, state = layer_of(mesh, SPECS["qwen3"], **options), make_layer(SPECS["qwen3"], seed=1).state_dict()
+    before = copy.deepcopy(layer.state_dict())
+    with raises_catalogue(MoECheckpointError, expected=expected, got=got):
+        layer.load_full(state | {name: change(state[name])})
+    assert all(torch.equal(tensor, before[key]) for key, tensor in layer.state_dict().items())
 
 
 def test_a_dispatcher_is_made_for_one_plan(mesh):
