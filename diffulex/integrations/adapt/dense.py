@@ -10,19 +10,21 @@ from torch import Tensor, nn
 
 from lowering import ops
 
-from .form import TOKENS, Adapted, Candidate, activation_name, bank, random_hidden
+from .form import TOKENS, Adapted, Candidate, activation_name, arguments, bank, random_hidden
 
 
 class WeightedInputBlock(Adapted):
     """The K experts of a token alone; weights multiply what experts read, as in the module's own code."""
 
     adapted_form = "weighted inputs"
+    bypassed = ("experts",)
     options: ClassVar[str]
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [..., H] floating, to its output [T, H] of the same dtype and the router's logits [T, E]."""
+        (hidden_states,) = self.bound(args, kwargs)
         if not self.runs_ops(hidden_states):
-            return super().forward(hidden_states)
+            return super().forward(*args, **kwargs)
         hidden_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         scores_TE, logits_TE = self.router(hidden_TH)  # zero for experts that were not chosen
         weights_TK, ids_TK = scores_TE.topk(self.top_k, dim=1)
@@ -42,12 +44,15 @@ def dense(module: nn.Module) -> Iterator[Candidate]:
     """Guesses for blocks with a router, a shared expert and packed experts that are called with hidden states alone."""
     experts = getattr(module, "experts", None)
     parts = all(isinstance(getattr(module, name, None), nn.Module) for name in ("router", "shared_expert"))
-    if not parts or not isinstance(experts, nn.Module) or not isinstance(getattr(module, "top_k", None), int):
+    if not parts or not isinstance(experts, nn.Module) or len(arguments(module)) != 1:
+        return
+    if not isinstance(getattr(module, "top_k", None), int):
         return
     up, down, act = bank(experts, "gate_up_proj"), bank(experts, "down_proj"), activation_name(experts)
     if up is None or down is None or act is None or up.shape[2] != 2 * down.shape[1] or up.shape[1] != down.shape[2]:
         return
-    yield Candidate(WeightedInputBlock, _sample, act)
+    reads = ("router", "shared_expert", "experts.gate_up_proj", "experts.down_proj", f"experts.{act}")
+    yield Candidate(WeightedInputBlock, _sample, act, reads)
 
 
 def _sample(module: Any, generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -37,11 +37,11 @@ class PackedExperts(Adapted):
     adapted_form = "packed weights"
     options: ClassVar[PackedOptions]
 
-    def forward(self, hidden_states: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """hidden [T, H] floating, ids [T, K] int64 and weights [T, K] floating, to [T, H] in hidden's dtype."""
+        hidden_states, first, second = self.bound(args, kwargs)
         if not self.runs_ops(hidden_states):
-            return super().forward(hidden_states, *args, **kwargs)
-        first, second = (*args, *kwargs.values())
+            return super().forward(*args, **kwargs)
         ids_TK, weights_TK = (second, first) if self.options.ids_last else (first, second)
         w13, w2 = getattr(self, self.options.up), self.down_proj
         if self.options.transposed:
@@ -88,9 +88,12 @@ def packed(module: nn.Module) -> Iterator[Candidate]:
         if (hidden, width) != _sizes(down, factor, transposed=transposed):
             continue
         act = "_apply_gate" if callable(getattr(module, "_apply_gate", None)) else activation_name(module)
+        if act is None:
+            continue
         for order in _ORDERS if factor == 2 and act != "_apply_gate" else ("",):
-            options = PackedOptions(up_name, transposed, act or "", order, takes_ids[2], up.shape[0])
-            yield Candidate(PackedExperts, functools.partial(_sample, hidden=hidden, options=options), options)
+            options = PackedOptions(up_name, transposed, act, order, takes_ids[2], up.shape[0])
+            reads = (up_name, f"{up_name}_bias", "down_proj", "down_proj_bias", act)
+            yield Candidate(PackedExperts, functools.partial(_sample, hidden=hidden, options=options), options, reads)
 
 
 def _sizes(down: Tensor, factor: int, *, transposed: bool) -> tuple[int, int]:

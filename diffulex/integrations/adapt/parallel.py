@@ -12,14 +12,21 @@ from lowering import ops
 
 from .form import Adapted, Candidate, activation_name, bank, random_hidden, run_experts
 
+_PRODUCTS = ("input_linear", "output_linear")
+_READS = ("input_linear.weight", "output_linear.weight", "router", "bias")
+
 
 class SortingRouter(Adapted):
     """The router, without the sizes of the groups on the host."""
 
-    def forward(self, hidden_states: Tensor) -> tuple[Any, ...]:
-        """hidden [T, H] floating, to ids [T, K] int64, weights [T, K] of its dtype, two empty places, logits."""
-        if not self.runs_ops(hidden_states):
-            return super().forward(hidden_states)
+    def forward(self, *args: Tensor, unsorted: bool = False, **kwargs: Tensor) -> Any:
+        """hidden [T, H] floating, to ids [T, K] int64, weights [T, K] of its dtype, two empty places, logits.
+
+        Only where it is asked for `unsorted` choices; the block's own code gets what the router's own code returns.
+        """
+        if not unsorted:
+            return super().forward(*args, **kwargs)
+        (hidden_states,) = self.bound(args, kwargs)
         logits_TE = self.layer(hidden_states).float()
         top_TK, ids_TK = logits_TE.topk(self.top_k, dim=1)
         return ids_TK, torch.softmax(top_TK, dim=1).type_as(hidden_states), None, None, logits_TE
@@ -29,14 +36,16 @@ class ParallelBlock(Adapted):
     """A MoE block: router, experts, and a bias behind their sum."""
 
     adapted_form = "parallel experts"
+    bypassed = _PRODUCTS
     options: ClassVar[str]
 
-    def forward(self, layer_input: Tensor) -> Tensor:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """hidden [B, S, H] floating, to [B, S, H] of the same dtype."""
+        (layer_input,) = self.bound(args, kwargs)
         if not self.runs_ops(layer_input):
-            return super().forward(layer_input)
+            return super().forward(*args, **kwargs)
         hidden_TH = layer_input.reshape(-1, layer_input.shape[-1])
-        ids_TK, weights_TK, *_ = self.router(hidden_TH)
+        ids_TK, weights_TK, *_ = self.router(hidden_TH, unsorted=True)
         out_TH = run_experts(
             hidden_TH,
             ids_TK,
@@ -57,13 +66,14 @@ class ParallelAttention(Adapted):
 
     adapted_form = "parallel attention experts"
     called_by_parent = True
+    bypassed = _PRODUCTS
 
     def map(self, layer_input: Tensor) -> tuple[Tensor, Tensor, Any]:
         """hidden [B, S, H] floating, to queries [B, S, K, I] of its dtype, logits [B*S, E], and what `reduce` needs."""
         if not self.runs_ops(layer_input):
             return self.stock.map(self, layer_input)
         hidden_TH = layer_input.reshape(-1, layer_input.shape[-1])
-        ids_TK, weights_TK, *_, logits_TE = self.router(hidden_TH)
+        ids_TK, weights_TK, *_, logits_TE = self.router(hidden_TH, unsorted=True)
         weight = self.input_linear.weight
         order_N, _, offsets_E1 = ops.moe_dispatch(ids_TK, weight.shape[0])
         rows_NI = ops.moe_expert_up(hidden_TH.to(weight.dtype), weight, None, order_N, offsets_E1, self.top_k)
@@ -85,7 +95,7 @@ class ParallelAttention(Adapted):
 
 def parallel(module: nn.Module) -> Iterator[Candidate]:
     """Guesses for blocks with `input_linear`, `output_linear`, `router` and `bias`: experts, or those of attention."""
-    children = [getattr(module, name, None) for name in ("input_linear", "output_linear")]
+    children = [getattr(module, name, None) for name in _PRODUCTS]
     found = [bank(child, "weight") for child in children if isinstance(child, nn.Module)]
     router = getattr(module, "router", None)
     if len(found) < 2 or any(weight is None for weight in found) or bank(module, "bias", rank=1) is None:
@@ -95,9 +105,9 @@ def parallel(module: nn.Module) -> Iterator[Candidate]:
     act = activation_name(module)
     routers = (("router", SortingRouter),)
     if act is not None:
-        yield Candidate(ParallelBlock, _sample, act, routers)
+        yield Candidate(ParallelBlock, _sample, act, (*_READS, act), routers)
     elif callable(getattr(module, "map", None)) and callable(getattr(module, "reduce", None)):
-        yield Candidate(ParallelAttention, _sample, None, routers, _map_and_reduce)
+        yield Candidate(ParallelAttention, _sample, None, _READS, routers, _map_and_reduce)
 
 
 def _sample(module: Any, generator: torch.Generator) -> tuple[Tensor, ...]:

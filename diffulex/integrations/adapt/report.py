@@ -13,12 +13,18 @@ from .swap import unswap
 
 @dataclasses.dataclass(frozen=True)
 class LayerAdaptation:
-    """One module of experts. `form`: what it was recognised as; `reason`: why it was left as it is, None if adapted."""
+    """One module of experts.
+
+    form      what it was recognised as
+    reason    why it was left as it is, None if adapted
+    training  why it runs its own code in training although adapted, None where it runs the ops there too
+    """
 
     name: str
     kind: str
     form: str = ""
     reason: Reason | None = None
+    training: Reason | None = None
 
     @property
     def adapted(self) -> bool:
@@ -27,6 +33,8 @@ class LayerAdaptation:
 
     def __str__(self) -> str:
         state = f"adapted, {self.form}" if self.adapted else f"left as it is: {self.reason}"
+        if self.training is not None:
+            state += f"; runs its own code in training: {self.training}"
         return f"{self.name or '(the model)'} ({self.kind}): {state}"
 
 

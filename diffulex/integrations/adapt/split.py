@@ -15,11 +15,13 @@ class SelfRoutedExperts(Adapted):
     """Experts that get logits and choose by their own `route_tokens_to_experts`."""
 
     adapted_form = "fc1 and fc2, transposed"
+    bypassed = ("fc1", "fc2")
 
-    def forward(self, hidden_states: Tensor, router_logits: Tensor) -> Tensor:
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """hidden [T, H] floating and logits [T, E] floating, to [T, H] in hidden's dtype."""
+        hidden_states, router_logits = self.bound(args, kwargs)
         if not self.runs_ops(hidden_states):
-            return super().forward(hidden_states, router_logits)
+            return super().forward(*args, **kwargs)
         ids_TK, weights_TK = self.route_tokens_to_experts(router_logits)
         return run_experts(
             hidden_states,
@@ -43,7 +45,7 @@ def split(module: nn.Module) -> Iterator[Candidate]:
     if len(found) < 2 or any(weight is None for weight in found) or len(arguments(module)) != 2:
         return
     if callable(getattr(module, "route_tokens_to_experts", None)):
-        yield Candidate(SelfRoutedExperts, _sample)
+        yield Candidate(SelfRoutedExperts, _sample, reads=("fc1.weight", "fc2.weight"))
 
 
 def _sample(module: Any, generator: torch.Generator) -> tuple[Tensor, ...]:

@@ -8,156 +8,288 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
-from .form import Adapted, Gate, activation_name, run_experts
+from .expert import ExpertShape
+from .form import PREFIX, Adapted, random_hidden, run_experts, watched
 
-# gate, up and down, or up and down of experts without a gate, as modules call them
-_NAMES = (
-    ("gate_proj", "up_proj", "down_proj"),
-    ("w1", "w3", "w2"),
-    ("linear", "linear_v", "linear_1"),
-    ("wi_0", "wi_1", "wo"),
-    ("up_proj", "down_proj"),
-    ("w1", "w2"),
-    ("wi", "wo"),
-    ("fc1", "fc2"),
-    ("c_fc", "c_proj"),
-)
+_SEEN = "_adapted_seen"
+_KINDS = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)  # Tensor: as functional_call passes them
+Rows = list[list[nn.Linear]]
 
 
 @dataclasses.dataclass(frozen=True)
 class StackedOptions:
-    """at: name of the list of experts, empty for the module itself; ups, down: their Linears; act, dropout: between."""
+    """at: name of the list of experts, empty for the module itself; shape: how an expert computes."""
 
     at: str
-    ups: tuple[str, ...]
-    down: str
-    act: str
-    dropout: str = ""
+    shape: ExpertShape
     extra: Any = None
 
 
-def stacked_options(experts: list[nn.Module], at: str, *, extra: Any = None) -> StackedOptions | None:
-    """How a layer's experts are made, if all are made alike of two or three Linears and an activation."""
-    if not experts or any(type(expert) is not type(experts[0]) for expert in experts):
-        return None
-    first = experts[0]
-    linears = {name for name, child in first.named_children() if type(child) is nn.Linear}
-    names = next((names for names in _NAMES if set(names) == linears), None)
-    act = activation_name(first)
-    others = {name: child for name, child in first.named_children() if name not in linears and name != act}
-    dropout = next((name for name, child in others.items() if isinstance(child, nn.Dropout)), "")
-    if names is None or act is None or set(others) - {dropout} or dict(first.named_parameters(recurse=False)):
-        return None
-    options = StackedOptions(at, names[:-1], names[-1], act, dropout, extra)
-    shapes = {tuple(_facts(getattr(expert, name)) for name in names) for expert in experts}
-    return options if len(shapes) == 1 else None
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What was there when parameters became views: a look at it is much shorter than at what is there now.
+
+    parts      the experts and all modules in them
+    linears    each with where it hangs
+    values     their parameters, those of an expert one after the other
+    addresses  where each of them hangs, and the address of its values
+    wholes     the tensors [E, ...] of any dtype
+    """
+
+    experts: list[nn.Module]
+    parts: list[nn.Module]
+    linears: list[tuple[dict[str, Any], str, nn.Linear]]
+    values: list[nn.Parameter]
+    addresses: list[tuple[dict[str, Any], str, int]]
+    wholes: dict[str, Tensor | None]
 
 
-def _facts(linear: nn.Linear) -> tuple[Any, ...]:
-    return tuple(linear.weight.shape), linear.weight.dtype, linear.weight.device, linear.bias is not None
+class _Joined(torch.autograd.Function):
+    """A tensor [E, R, ...] whose rows are the parameters, as if it were made of them: gradients go to the parameters.
+
+    Nothing is copied: the parameters are views of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, sizes: list[int], *parts: Tensor) -> Tensor:
+        ctx.sizes = sizes
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *(part for own in grads[0].unbind(0) for part in own.split(ctx.sizes)))
 
 
 class StackedExperts(Adapted):
     """Base of the forms whose experts are modules of their own.
 
-    Inference reads `adapted_*`, tensors that are no part of the state dict; training stacks the parameters each step.
+    `adapted_*` are tensors that are no part of the state dict, and the parameters views of them. Where a parameter was
+    given another tensor since, its layer's weights are stacked for the call.
     """
 
     options: ClassVar[StackedOptions]
 
-    def experts_list(self) -> list[Any]:
+    def experts_list(self) -> list[nn.Module]:
         """The modules of the experts, in order."""
-        return list((self.get_submodule(self.options.at) if self.options.at else self).children())
+        return list_of_experts(self.get_submodule(self.options.at))
 
-    def linears(self) -> dict[str, list[list[nn.Linear]]]:
+    def banks(self) -> dict[str, Rows]:
         """`w13`: the Linears of each expert whose rows lie one under the other, `w2`: the one behind them."""
-        experts = self.experts_list()
-        return {
-            "w13": [[getattr(expert, name) for name in self.options.ups] for expert in experts],
-            "w2": [[getattr(expert, self.options.down)] for expert in experts],
+        experts, shape = [expert._modules for expert in self.experts_list()], self.options.shape
+        found: Any = {
+            "w13": [[expert.get(name) for name in shape.ups] for expert in experts],
+            "w2": [[expert.get(shape.down)] for expert in experts],
         }
+        return found
 
     def prepare(self) -> None:
         """Move the weights of all experts into one tensor each for `w13`, `w2` and their biases."""
+        if self._as_seen():
+            return
+        vars(self).pop(_SEEN, None)
+        if self.state() == "own":
+            self._buffers.update({name: None for name in self._buffers if name.startswith(PREFIX)})
+            return
+        if _realign not in self._load_state_dict_post_hooks.values():
+            self.register_load_state_dict_post_hook(_realign)
         with torch.no_grad():
-            for name, rows in self.linears().items():
-                self._stack(f"adapted_{name}", [[linear.weight for linear in row] for row in rows])
+            for name, rows in self.banks().items():
+                self._stack(_key(name, "weight"), [[linear.weight for linear in row] for row in rows])
                 if rows[0][0].bias is not None:
-                    self._stack(f"adapted_{name}_bias", [[linear.bias for linear in row] for row in rows])
+                    self._stack(_key(name, "bias"), [[linear.bias for linear in row] for row in rows])
+        self._look()
 
     def _stack(self, name: str, rows: list[list[Tensor]]) -> None:
-        whole = torch.stack([torch.cat(row) for row in rows])
+        first, sizes = rows[0][0], [part.shape[0] for part in rows[0]]
+        whole = self._buffers.get(name)
+        shape = (len(rows), sum(sizes), *first.shape[1:])
+        if whole is None or (whole.shape, whole.dtype, whole.device) != (shape, first.dtype, first.device):
+            whole = first.new_empty(shape)
         for own, row in zip(whole, rows, strict=True):
-            for parameter, part in zip(row, own.split([p.shape[0] for p in row]), strict=True):
+            for parameter, part in zip(row, own.split(sizes), strict=True):
+                part.copy_(parameter)
                 parameter.data = part
         self.register_buffer(name, whole, persistent=False)
 
+    def _look(self) -> None:
+        """Remember what is there, for `_as_seen`."""
+        experts, shape = self.experts_list(), self.options.shape
+        parts = [part for expert in experts for part in expert.modules()]
+        found: Any = [(e._modules, name, e._modules[name]) for e in experts for name in (*shape.ups, shape.down)]
+        held = [
+            (linear._parameters, kind, parameter)
+            for _, _, linear in found
+            for kind, parameter in linear._parameters.items()
+            if parameter is not None
+        ]
+        values = [parameter for _, _, parameter in held]
+        if any(isinstance(value, FakeTensor) for value in values):  # has no address
+            return
+        addresses = [(parameters, kind, value.data_ptr()) for parameters, kind, value in held]
+        wholes = {name: buffer for name, buffer in self._buffers.items() if name.startswith(PREFIX)}
+        setattr(self, _SEEN, _Seen(experts, parts, found, values, addresses, wholes))
+
+    def _as_seen(self) -> bool:
+        """Whether everything is as when the parameters became views."""
+        seen: _Seen | None = vars(self).get(_SEEN)
+        if seen is None or not _identical(self.experts_list(), seen.experts):
+            return False
+        if any(watched(part) for part in seen.parts):
+            return False
+        if any(modules.get(name) is not linear for modules, name, linear in seen.linears):
+            return False
+        if any(
+            parameters.get(kind) is not value or value.data_ptr() != address
+            for value, (parameters, kind, address) in zip(seen.values, seen.addresses, strict=True)
+        ):
+            return False
+        return all(whole is not None and self._buffers.get(name) is whole for name, whole in seen.wholes.items())
+
     def restore(self) -> None:
         """Give every parameter a tensor of its own again."""
-        for name in [name for name in self._buffers if name.startswith("adapted_")]:
+        wholes = {name: buffer for name, buffer in self._buffers.items() if name.startswith(PREFIX)}
+        for name in wholes:
             delattr(self, name)
-        for rows in self.linears().values():
-            for linear in (linear for row in rows for linear in row):
-                for parameter in linear.parameters():
-                    parameter.data = parameter.data.clone()
+        vars(self).pop(_SEEN, None)
+        for key in [key for key, hook in self._load_state_dict_post_hooks.items() if hook is _realign]:
+            del self._load_state_dict_post_hooks[key]
+        moved = {whole.untyped_storage().data_ptr() for whole in wholes.values() if whole is not None}
+        for parameter in self.get_submodule(self.options.at).parameters():
+            if type(parameter) is nn.Parameter and parameter.untyped_storage().data_ptr() in moved:
+                parameter.data = parameter.data.clone()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        names = [name for name in self._buffers if name.startswith(PREFIX)]
+        kept = {name: self._buffers.pop(name) for name in names}  # parameters are converted, and the rest made of them
         result = super()._apply(fn, recurse)
-        self.prepare()
+        for name, whole in kept.items():
+            self.register_buffer(name, whole, persistent=False)
+        if not self._as_seen():
+            kept.clear()
+            vars(self).pop(_SEEN, None)
+            self._buffers.update(dict.fromkeys(names))  # before new ones are made, the old ones' memory is free
+            self.prepare()
         return result
+
+    def __reduce__(self) -> Any:
+        """Copies are made of the parameters, and the tensors that they are views of made anew."""
+        rebuild, arguments, state = super().__reduce__()
+        buffers = {name: buffer for name, buffer in self._buffers.items() if not name.startswith(PREFIX)}
+        return rebuild, arguments, {key: value for key, value in state.items() if key != _SEEN} | {"_buffers": buffers}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         super().__setstate__(dict(state))
-        self.prepare()  # copies of parameters are no views
+        self.prepare()
 
-    def plain(self) -> bool:
-        """Whether the experts are still what they were, and not wrapped by adapters or quantised since."""
-        return all(type(linear) is nn.Linear for rows in self.linears().values() for row in rows for linear in row)
+    def unwatched(self) -> bool:
+        """Whether the experts are what they were: plain Linears, without hooks, all of one dtype on one device."""
+        return self.state() != "own"
 
-    def weights(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """`w13` [E, J, H] or `w2` [E, H, I] in the dtype of the experts, and its bias [E, J] or [E, H]."""
-        rows = self.linears()[name]
-        biased = rows[0][0].bias is not None
-        if torch.is_grad_enabled() and any(linear.weight.requires_grad for row in rows for linear in row):
-            weight = torch.stack([_joined([linear.weight for linear in row]) for row in rows])
-            return weight, torch.stack([_joined([linear.bias for linear in row]) for row in rows]) if biased else None
-        if not torch.compiler.is_compiling() and not self._aligned(rows, getattr(self, f"adapted_{name}")):
-            self.prepare()
-        return getattr(self, f"adapted_{name}"), getattr(self, f"adapted_{name}_bias") if biased else None
+    @torch.compiler.assume_constant_result
+    def state(self) -> str:
+        """`whole`: the parameters are views of the tensors; `apart`: some are not; `own`: the module's code must run.
 
-    def _aligned(self, rows: list[list[nn.Linear]], whole: Tensor) -> bool:
-        """Whether parameters still are the views that they were made: code may have given them other tensors."""
-        return all(row[0].weight.data_ptr() == own.data_ptr() for row, own in zip(rows, whole, strict=True))
+        Compiled code keeps the state that it was compiled in.
+        """
+        if self._as_seen():
+            return "whole"
+        facts: dict[tuple[str, str], set[Any]] = {}
+        for name, rows in self.banks().items():
+            for linear in (linear for row in rows for linear in row):
+                if type(linear) is not nn.Linear:
+                    return "own"
+                for kind, parameter in linear._parameters.items():
+                    if parameter is not None and type(parameter) not in _KINDS:
+                        return "own"
+                    fact = None if parameter is None else (parameter.dtype, parameter.device)
+                    facts.setdefault((name, kind), set()).add(fact)
+        if any(watched(part) for expert in self.experts_list() for part in expert.modules()):
+            return "own"
+        alike = all(len(found) == 1 for found in facts.values()) and len(set.union(*facts.values()) - {None}) == 1
+        return "apart" if alike else "own"
+
+    def _is_whole(self, banks: dict[str, Rows]) -> bool:
+        """Whether the tensors are what the parameters say, those included that `functional_call` puts in their place.
+
+        Compiled code without gradients looks at the first parameter of a layer alone.
+        """
+        if self.state() != "whole":
+            return False
+        seen: _Seen = getattr(self, _SEEN)
+        if not torch.is_grad_enabled():
+            return banks["w13"][0][0].weight is seen.values[0]
+        found = [
+            parameter
+            for ups, (down,) in zip(banks["w13"], banks["w2"], strict=True)
+            for linear in (*ups, down)
+            for parameter in (linear.weight, linear.bias)
+            if parameter is not None
+        ]
+        return all(parameter is value for parameter, value in zip(found, seen.values, strict=True))
+
+    def _read(self, name: str, kind: str, rows: Rows, *, whole: bool) -> Tensor | None:
+        """`w13` [E, J, H] or `w2` [E, H, I] in the dtype of the experts, or its bias [E, J] or [E, H] if it has one."""
+        if getattr(rows[0][0], kind) is None:
+            return None
+        if whole and not torch.is_grad_enabled():
+            return self._buffers[_key(name, kind)]
+        parts = [[getattr(linear, kind) for linear in row] for row in rows]
+        if not whole:
+            return torch.stack([row[0] if len(row) == 1 else torch.cat(row) for row in parts])
+        sizes = [part.shape[0] for part in parts[0]]
+        joined: Any = _Joined.apply(self._buffers[_key(name, kind)], sizes, *(part for row in parts for part in row))
+        return joined
 
     def stacked(self, hidden_TH: Tensor, ids_TK: Tensor, *, weights_TK: Tensor) -> Tensor:
         """hidden [T, H] floating, ids [T, K] int, weights [T, K] floating, to [T, H] in hidden's dtype."""
-        (w13_EJH, b13_EJ), (w2_EHI, b2_EH) = self.weights("w13"), self.weights("w2")
+        banks = self.banks()
+        whole = self._is_whole(banks)
+        w13_EJH, b13_EJ, w2_EHI, b2_EH = (
+            self._read(name, kind, rows, whole=whole) for name, rows in banks.items() for kind in ("weight", "bias")
+        )
+        assert w13_EJH is not None and w2_EHI is not None
         return run_experts(
             hidden_TH,
             ids_TK,
             weights_TK=weights_TK,
             w13_EJH=w13_EJH,
             w2_EHI=w2_EHI,
-            gate=self._gate(),
+            gate=self._gated,
             b13_EJ=b13_EJ,
             b2_EH=b2_EH,
         )
 
-    def _gate(self) -> Gate:
-        first, options = self.experts_list()[0], self.options
-        act = getattr(first, options.act)
-
-        def gate(pre_NJ: Tensor) -> Tensor:
-            if len(options.ups) == 2:
-                gate_NI, up_NI = pre_NJ.chunk(2, dim=-1)
-                act_NI = act(gate_NI) * up_NI
-            else:
-                act_NI = act(pre_NJ)
-            return getattr(first, options.dropout)(act_NI) if options.dropout else act_NI
-
-        return gate
+    def _gated(self, pre_NJ: Tensor) -> Tensor:
+        return self.options.shape.gated(self.experts_list()[0], pre_NJ)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _key(name: str, kind: str) -> str:
+    return f"{PREFIX}{name}" if kind == "weight" else f"{PREFIX}{name}_bias"
+
+
+def _identical(left: list[nn.Module], right: list[nn.Module]) -> bool:
+    return len(left) == len(right) and all(one is other for one, other in zip(left, right, strict=True))
+
+
+def _realign(module: Any, _: Any) -> None:
+    """After a state is loaded: parameters that were replaced become views again, of the same tensors where they fit."""
+    module.prepare()
+
+
+def list_of_experts(container: Any) -> list[nn.Module]:
+    """The children of a list or dict of modules, in order, one as often as it is there."""
+    return list(container.values() if isinstance(container, nn.ModuleDict) else container)
+
+
+def each_expert(module: Any, generator: torch.Generator, *, options: StackedOptions) -> Tensor:
+    """One random row [E, H] in the weights' dtype through each expert: by itself, or, once adapted, by the ops."""
+    experts = list_of_experts(module.get_submodule(options.at))
+    weight = next(experts[0].parameters())
+    hidden_EH = random_hidden(weight, generator, len(experts), options.shape.hidden)
+    if not isinstance(module, StackedExperts):
+        return torch.cat([expert(row) for expert, row in zip(experts, hidden_EH.split(1), strict=True)])
+    ids_E1 = torch.arange(len(experts), device=weight.device).unsqueeze(1)
+    return module.stacked(hidden_EH, ids_E1, weights_TK=torch.ones_like(ids_E1, dtype=weight.dtype))
