@@ -165,8 +165,22 @@ def run_variant(variant: Variant, model: Any, *, task: Task) -> Result:
             if not case.refusal:
                 milliseconds[case.tokens] = measure.milliseconds(functools.partial(logits, run, case.inputs[0]))
         bar.advance(note="")
-        kernels = _block_kernels(block, model) if model.device.type == "cuda" else None
-    return Result(variant, outputs, continuation, counts, first_seconds, milliseconds, kernels, tuple(decisions))
+    return Result(variant, outputs, continuation, counts, first_seconds, milliseconds, None, tuple(decisions))
+
+
+def with_kernels(results: Sequence[Result], model: Any) -> list[Result]:
+    """The results with their kernels on a CUDA device. After all of them were timed: what has been profiled once
+    launches kernels more slowly for good.
+    """
+    if model.device.type != "cuda":
+        return list(results)
+    counted = []
+    for result in results:
+        measure.reset_dynamo()
+        with _surroundings(result.variant):
+            block = torch.compile(moe_block(model)) if result.variant.compiled else moe_block(model)
+            counted.append(dataclasses.replace(result, kernels=_block_kernels(block, model)))
+    return counted
 
 
 @contextlib.contextmanager

@@ -166,9 +166,8 @@ def _compare(args: argparse.Namespace, model: Any) -> list[Check]:
     oracle = compare.Oracle(model)
     references = compare.run_oracle(oracle, model, task=task)
     measure.start_compiler(model.device)
-    eager, stock, ours = (
-        compare.run_variant(v, model, task=task) for v in (compare.EAGER, compare.STOCK, compare.OURS)
-    )
+    variants = (compare.EAGER, compare.STOCK, compare.OURS)
+    eager, stock, ours = compare.with_kernels([compare.run_variant(v, model, task=task) for v in variants], model)
     comparison = report.Comparison(model, task, (eager, stock, ours), references, oracle)
     print(comparison.text(), flush=True)
     return comparison.checks()

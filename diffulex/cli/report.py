@@ -116,7 +116,8 @@ class Comparison:
     def _footnotes(self) -> list[str]:
         refused = {case.tokens: case.refusal for case in self.task.cases if case.refusal}
         compared = "compared: tokens whose experts no rounding of stock eager's router logits changes, out of all"
-        return [compared] + [
+        timed = "ms: medians, one variant after the other, so that other work on the machine shows; see benchmarks/"
+        return [compared, timed] + [
             f"* stock eager cannot run the model on {tokens} tokens ({reason}); one MoE block runs them instead"
             for tokens, reason in refused.items()
         ]

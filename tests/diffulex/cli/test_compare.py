@@ -11,6 +11,7 @@ from diffulex.cli.accuracy import Oracle
 from diffulex.cli.report import Comparison
 from lowering.errors import Reason, ReasonCode
 from lowering.report import Decision
+from lowering.state import is_enabled
 from tests.support.models import ModelSizes, build_model, token_ids
 
 EXPERTS = "model.layers.0.mlp.experts"
@@ -52,6 +53,24 @@ def test_counts_that_the_stock_model_refuses_run_on_a_block(task):
     assert "Error" in empty.refusal and [t.shape for t in empty.inputs] == [(1, 0, 64)]
     assert not some.refusal and [t.shape for t in some.inputs] == [(1, 3)] * 4
     assert [t.shape for t in many.inputs] == [(1, 128)]
+
+
+def test_kernels_are_counted_as_each_variant_runs(model, monkeypatch):
+    """On the block of the model, compiled or not, with the ops or without; on a CPU there are none."""
+    seen = []
+
+    def count(block, given):
+        seen.append((getattr(block, "_orig_mod", block), hasattr(block, "_orig_mod"), is_enabled()))
+        return len(seen)
+
+    monkeypatch.setattr(compare, "_block_kernels", count)
+    variants = [result(variant) for variant in (compare.EAGER, compare.STOCK, compare.OURS)]
+    assert compare.with_kernels(variants, model) == variants
+    block = compare.moe_block(model)
+    monkeypatch.setattr(compare, "moe_block", lambda given: block)
+    on_cuda = SimpleNamespace(device=torch.device("cuda"))
+    assert [found.kernels for found in compare.with_kernels(variants, on_cuda)] == [1, 2, 3]
+    assert seen == [(block, False, False), (block, True, False), (block, True, True)]
 
 
 def test_all_variants_run_the_same_task(model, task):
