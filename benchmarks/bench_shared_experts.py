@@ -1,15 +1,19 @@
-"""Time a layer with a shared expert two ways: a dense MLP beside the routed experts, or one more expert among them.
+"""Time a layer with a shared expert two ways: library products beside the experts' kernels, or tiles in those kernels.
 
     python -m benchmarks.bench_shared_experts --out shared_experts.csv
 
 From given ids and weights to the [T, H] sum of both, bf16, torch.compile with CUDA-graph replays over rotated inputs,
-round-robin. "alone" is the routed part without any shared expert. The two ways are checked against each other.
+round-robin. "alone" is the routed part without any shared expert. The two ways are checked against each other. From
+where on experts have many rows there is one way only.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
+from collections.abc import Callable
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,57 +22,59 @@ from torch.nn import functional
 import diffulex  # noqa: F401  the lowerings
 import lowering.ops as ops
 from benchmarks.bench_experts import Inputs, capture, make_inputs, round_robin
-from benchmarks.shapes import SHAPES, TOKENS, Shape
+from benchmarks.shapes import SHAPES, Shape
+from lowering.inductor import shared_lowerings
 
 _ACT = "silu(g) * u"
+TOKENS = (1, 8, 32, 64, 128, 256, 512)
+# the most row tiles a shared expert may have in the experts' kernels
+WAYS = {"beside": -1, "within": math.inf}
 
 
 class Layer:
-    """Routed weights of E experts and one shared expert behind them, in one tensor each: [E+1, J, H], [E+1, H, I]."""
+    """Routed weights [E, J, H], [E, H, I] and those of a shared expert as wide as one of them, as a linear layer has them."""
 
     def __init__(self, shape: Shape) -> None:
-        count, hidden, width = shape.num_experts + 1, shape.hidden, shape.intermediate
-        factory = {"device": "cuda", "dtype": torch.bfloat16}
+        hidden, width = shape.hidden, shape.intermediate
         self.num_experts = shape.num_experts
-        self.w13_EJH = torch.empty(count, 2 * width, hidden, **factory).normal_(std=0.02)
-        self.w2_EHI = torch.empty(count, hidden, width, **factory).normal_(std=0.02)
+
+        def weight(*size: int) -> Tensor:
+            return torch.empty(size, device="cuda", dtype=torch.bfloat16).normal_(std=0.02)
+
+        self.w13_EJH, self.w2_EHI = (
+            weight(shape.num_experts, 2 * width, hidden),
+            weight(shape.num_experts, hidden, width),
+        )
+        self.w1_SH, self.w3_SH, self.w2_HS = weight(width, hidden), weight(width, hidden), weight(hidden, width)
 
     def alone(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The routed experts [T, H] for hidden [T, H] bf16, ids [T, K] int64, weights [T, K] bf16."""
-        return self._experts(hidden_TH, ids_TK, weights_TK, self.num_experts)
+        order_N, _, offsets_E1 = ops.moe_dispatch(ids_TK, self.num_experts)
+        act_NI = ops.moe_expert_up(hidden_TH, self.w13_EJH, None, order_N, offsets_E1, ids_TK.shape[1], _ACT)
+        return ops.moe_combine(ops.moe_expert_down(act_NI, self.w2_EHI, None, order_N, offsets_E1), weights_TK)
 
-    def beside(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """The shared expert as a dense MLP: [T, H] for hidden [T, H] bf16, ids [T, K] int64, weights [T, K] bf16."""
-        routed_TH = self._experts(hidden_TH, ids_TK, weights_TK, self.num_experts)
-        gate_TI, up_TI = functional.linear(hidden_TH, self.w13_EJH[-1]).chunk(2, dim=1)
-        return routed_TH + functional.linear(functional.silu(gate_TI) * up_TI, self.w2_EHI[-1])
-
-    def among(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """The shared expert as expert E of weight 1: [T, H] for the same arguments."""
-        ids_TS = torch.cat((ids_TK, torch.full_like(ids_TK[:, :1], self.num_experts)), 1)
-        weights_TS = torch.cat((weights_TK, torch.ones_like(weights_TK[:, :1])), 1)
-        return self._experts(hidden_TH, ids_TS, weights_TS, self.num_experts + 1)
-
-    def _experts(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, count: int) -> Tensor:
-        order_N, _, offsets_E1 = ops.moe_dispatch(ids_TK, count)
-        top_k = ids_TK.shape[1]
-        act_NI = ops.moe_expert_up(hidden_TH, self.w13_EJH[:count], None, order_N, offsets_E1, top_k, _ACT)
-        slots_NH = ops.moe_expert_down(act_NI, self.w2_EHI[:count], None, order_N, offsets_E1)
-        return ops.moe_combine(slots_NH, weights_TK)
+    def both(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """With the shared expert, [T, H], for the same arguments."""
+        gate_TS, up_TS = functional.linear(hidden_TH, self.w1_SH), functional.linear(hidden_TH, self.w3_SH)
+        shared_TH = functional.linear(functional.silu(gate_TS) * up_TS, self.w2_HS)
+        return self.alone(hidden_TH, ids_TK, weights_TK) + shared_TH
 
 
 def measure(shape: Shape, tokens: int) -> dict[str, float]:
     """Microseconds of each way at one token count."""
     layer = Layer(shape)
     inputs: list[Inputs] = make_inputs(shape, tokens, sets=8 if tokens <= 8 else 2)
+    functions: dict[str, tuple[Callable[..., Tensor], float]] = {"alone": (layer.alone, -1)}
+    functions |= {name: (layer.both, most) for name, most in WAYS.items()}
     graphs, results = {}, {}
     with torch.no_grad():
-        for name in ("alone", "beside", "among"):
+        for name, (function, most) in functions.items():
             torch._dynamo.reset()
-            compiled = torch.compile(getattr(layer, name), fullgraph=True, dynamic=False)
-            results[name] = compiled(*inputs[0]).float()
+            with mock.patch.object(shared_lowerings, "MAX_ROW_TILES", most), torch._inductor.utils.fresh_cache():
+                compiled = torch.compile(function, fullgraph=True, dynamic=False)
+                results[name] = compiled(*inputs[0]).float()
             graphs[name] = capture(compiled, inputs)
-    off = (results["among"] - results["beside"]).norm() / results["beside"].norm()
+    off = (results["within"] - results["beside"]).norm() / results["beside"].norm()
     assert off < 0.01, f"the two ways differ by {off:.3g}"
     return round_robin(graphs, len(inputs))
 
@@ -80,10 +86,10 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--out", default="shared_experts.csv")
     arguments = parser.parse_args()
-    print(f"{torch.cuda.get_device_name()}; microseconds\nshape    tokens    alone   beside    among")
+    print(f"{torch.cuda.get_device_name()}; microseconds\nshape    tokens    alone   beside   within")
     with open(arguments.out, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["device", "shape", "tokens", "alone_us", "beside_us", "among_us"])
+        writer.writerow(["device", "shape", "tokens", "alone_us", "beside_us", "within_us"])
         for name in arguments.shapes:
             for tokens in arguments.tokens:
                 times = measure(SHAPES[name], tokens)

@@ -12,6 +12,7 @@ from .activation_pass import ActivationRecord, activation_pass
 from .regions import find_regions
 from .route_pass import RouteRecord, route_pass
 from .router_linear_pass import RouterLinearRecord, router_linear_pass
+from .shared_expert_pass import SharedExpertRecord, shared_expert_pass
 from .spine_pass import SpineRecord, spine_pass
 
 
@@ -35,11 +36,17 @@ def _note_activation(found: ActivationRecord) -> None:
     record("recognise", "activation_pass", layer=layer_of(found.down), outcome=outcome, reason=found.reason)
 
 
+def _note_shared_expert(found: SharedExpertRecord) -> None:
+    outcome = "beside the experts" if found.reason else "in the experts' stages"
+    record("recognise", "shared_expert_pass", layer=layer_of(found.up), outcome=outcome, reason=found.reason)
+
+
 _PASSES = {
     "spine_pass": lambda graph: spine_pass(graph, record=_note_spine),
     "route_pass": lambda graph: route_pass(graph, record=_note_route),
     "router_linear_pass": lambda graph: router_linear_pass(graph, record=_note_router_linear),
     "activation_pass": lambda graph: activation_pass(graph, record=_note_activation),
+    "shared_expert_pass": lambda graph: shared_expert_pass(graph, record=_note_shared_expert),
 }
 
 

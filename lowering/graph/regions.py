@@ -10,8 +10,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .. import ops  # noqa: F401  (registers the ops that are looked up below)
 from ..activation import intermediate_size, is_gated
+from ..ops import DOWN_OPS, UP_OPS
 from ..region import MoERegion
 from ..report import layer_of
 from ..spec import ExpertSpec, RoutingSpec
@@ -26,13 +26,13 @@ def find_regions(graph: Graph) -> tuple[MoERegion, ...]:
     return tuple(region for region in map(_region, dispatches) if region is not None)
 
 
-def _users_of(values: list[Node], op: Any) -> list[Node]:
-    return list(dict.fromkeys(user for value in values for user in value.users if is_op(user, op)))
+def _users_of(values: list[Node], ops: tuple[Any, ...]) -> list[Node]:
+    return list(dict.fromkeys(user for value in values for user in value.users if is_op(user, *ops)))
 
 
 def _region(dispatch: Node) -> MoERegion | None:
     offsets = outputs(dispatch, 2)
-    ups, downs = _users_of(offsets, moe.moe_expert_up), _users_of(offsets, moe.moe_expert_down)
+    ups, downs = _users_of(offsets, UP_OPS), _users_of(offsets, DOWN_OPS)
     if not ups or not downs:
         return None
     up, down = ups[0], downs[0]
@@ -79,7 +79,8 @@ def _short_name(node: Node) -> str:
 
 def _neighbours(down: Node) -> tuple[str, ...]:
     """Names of what reads the combined output, behind casts and views."""
-    waiting = [user for user in down.users if is_op(user, moe.moe_combine)]
+    slots = [down] if is_op(down, moe.moe_expert_down) else outputs(down, 0)
+    waiting = [user for value in slots for user in value.users if is_op(user, moe.moe_combine)]
     found: dict[str, None] = {}
     while waiting:
         for user in waiting.pop().users:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch._inductor import config, ir
-from torch._inductor.lowering import empty_strided, fallback_handler, lowerings, register_lowering
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.lowering import (
+    empty_strided,
+    fallback_handler,
+    lowerings,
+    process_subgraph_nodes,
+    register_lowering,
+)
 from torch._inductor.select_algorithm import (
     SymbolicGridFn,
     TritonTemplate,
@@ -16,6 +23,7 @@ from torch._inductor.select_algorithm import (
     realize_inputs,
 )
 from torch._inductor.virtualized import V
+from torch.fx.experimental.proxy_tensor import make_fx
 
 __all__ = [
     "SymbolicGridFn",
@@ -29,6 +37,7 @@ __all__ = [
     "fixed_layout",
     "freeze_layout",
     "guard_less_equal",
+    "inline",
     "ir",
     "is_aligned",
     "known_size",
@@ -97,6 +106,18 @@ def current_fx_node() -> torch.fx.Node | None:
     """The FX node that is being lowered, or None outside a graph."""
     node = V.current_node
     return node if isinstance(node, torch.fx.Node) else None
+
+
+def inline(function: Callable[..., Any], args: Sequence[torch.fx.Node | None]) -> Any:
+    """Lower what `function` makes of the values of these FX nodes, as if its operations stood in the graph."""
+    nodes = [arg for arg in args if arg is not None]
+
+    def of_nodes(*values: Any) -> Any:
+        given = iter(values)
+        return function(*(None if arg is None else next(given) for arg in args))
+
+    traced = make_fx(of_nodes, decomposition_table=select_decomp_table())(*(node.meta["val"] for node in nodes))
+    return process_subgraph_nodes(traced, [V.graph.env[node] for node in nodes])
 
 
 def run_template(

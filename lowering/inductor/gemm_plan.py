@@ -11,6 +11,7 @@ import torch
 
 from ..activation import IDENTITY, is_gated
 from ..graph.dataflow import arguments, is_op
+from ..ops import DOWN_OPS, UP_OPS
 from ..report import layer_of, record
 from ..schedule.device import DeviceSpec, device_spec
 from ..schedule.plan import exact_schedule, plan
@@ -29,7 +30,7 @@ def gemm_shape(sizes: tuple[int, ...], strides: tuple[int, ...], *, act: str, el
 def _shape_of(node: torch.fx.Node) -> GemmShape | None:
     """The GEMM an FX node of an expert op stands for; None while a size is symbolic."""
     given = arguments(node)
-    is_up = is_op(node, torch.ops.diffulex.moe_expert_up)
+    is_up = is_op(node, *UP_OPS)
     value = given["w13" if is_up else "w2"].meta.get("val")
     if value is None or not all(isinstance(size, int) for size in (*value.shape, *value.stride())):
         return None
@@ -39,8 +40,7 @@ def _shape_of(node: torch.fx.Node) -> GemmShape | None:
 
 def _siblings(offsets: torch.fx.Node) -> tuple[GemmShape, ...]:
     """Shapes of all expert GEMMs that read `offsets`, without repeats, in graph order."""
-    moe = torch.ops.diffulex
-    gemms = [user for user in offsets.users if is_op(user, moe.moe_expert_up, moe.moe_expert_down)]
+    gemms = [user for user in offsets.users if is_op(user, *UP_OPS, *DOWN_OPS)]
     shapes = [_shape_of(user) for user in gemms]
     return tuple(dict.fromkeys(shape for shape in shapes if shape is not None))
 
@@ -56,8 +56,8 @@ def row_range(rows: Any, shapes: tuple[GemmShape, ...], *, device: DeviceSpec) -
     raise AssertionError("the last range is open")
 
 
-def schedule_of(rows: Any, shape: GemmShape, *, device: torch.device) -> Schedule:
-    """The schedule for the GEMM of the node being lowered, planned with its siblings."""
+def schedule_of(rows: Any, shape: GemmShape, *, device: torch.device) -> tuple[Schedule, int | None]:
+    """The schedule for the GEMM of the node being lowered, planned with its siblings, and the most rows it is for."""
     node = _compat.current_fx_node()
     offsets = arguments(node)["offsets"] if node is not None else None
     shapes = _siblings(offsets) if isinstance(offsets, torch.fx.Node) else ()
@@ -70,7 +70,7 @@ def schedule_of(rows: Any, shape: GemmShape, *, device: torch.device) -> Schedul
     else:
         outcome = f"{rows} rows: {' and '.join(map(str, chosen.schedules))}"
     record("plan", "row_ranges", layer=layer_of(node) if node is not None else "", outcome=outcome)
-    return chosen.schedules[shapes.index(shape)]
+    return chosen.schedules[shapes.index(shape)], chosen.max_rows
 
 
 def rows_bound(rows: Any, dispatch: torch.fx.Node | None, *, device: torch.device) -> int | None:

@@ -5,7 +5,9 @@ Importing this module registers them. A refusal is recorded with its reason; not
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from ..activation import IDENTITY, canonical, intermediate_size
 from ..errors import Reason, ReasonCode
 from ..report import layer_of, record
 from ..schedule.device import device_spec
-from ..schedule.schedule import TMA_ALIGNMENT, tma_refusal
+from ..schedule.schedule import TMA_ALIGNMENT, Schedule, tma_refusal
 from ..templates.eager import dot_precision, gemm_constants, power_of_two
 from ..templates.render import ExpertGemmVariant, GradWeightVariant
 from . import _compat
@@ -66,6 +68,8 @@ def _gemm_grid(
 ) -> tuple[Any, Any, Any]:
     row_tiles = min(rows, cdiv(rows, meta["BLOCK_M"]) + meta["NUM_EXPERTS"] + 1)
     tiles = row_tiles * cdiv(width, meta["BLOCK_N"])
+    if "SHARED_N" in meta:
+        tiles += cdiv(rows // meta["SLOTS"], meta["BLOCK_M"]) * cdiv(meta["SHARED_N"], meta["BLOCK_N"])
     return (min(tiles, meta["PROGRAMS"]) if "PROGRAMS" in meta else tiles, 1, 1)
 
 
@@ -86,22 +90,70 @@ def _tma_refusal(variant: ExpertGemmVariant, operands: dict[str, Any]) -> Reason
     return None
 
 
-def _expert_gemm(op: str, variant: ExpertGemmVariant, inputs: list[Any], top_k: int, width: int) -> Any:
-    """Lower one of the two expert GEMMs; `inputs` stand in the order of the template's `def_kernel`."""
-    inputs = _compat.realize_inputs(*inputs)
-    rows = inputs[-2].get_size()[0]
-    weight = inputs[1]
+@dataclasses.dataclass(frozen=True)
+class SharedTiles:
+    """What an expert GEMM needs to take a shared expert's tiles along: A [T, D], weights [S, D] (gated: two), T * slots
+    rows in all.
+    """
+
+    hidden: Any
+    weights: tuple[Any, ...]
+    slots: int
+
+    @property
+    def width(self) -> int:
+        """S."""
+        return _compat.static_size(self.weights[0].get_size()[0])
+
+    @property
+    def depth(self) -> int:
+        """D."""
+        return _compat.static_size(self.weights[0].get_size()[1])
+
+
+def gemm_schedule(weight: Any, rows: Any, *, act: str) -> tuple[Schedule, int | None]:
+    """The schedule of an expert GEMM over `rows` rows of weights [E, J, H], and the most rows its graph is for."""
     sizes, strides = (tuple(map(_compat.static_size, values)) for values in (weight.get_size(), weight.get_stride()))
-    num_experts, _, depth = sizes
-    shape = gemm_shape(sizes, strides, act=variant.act, element_size=weight.get_dtype().itemsize)
-    schedule = schedule_of(rows, shape, device=weight.get_device())
+    shape = gemm_shape(sizes, strides, act=act, element_size=weight.get_dtype().itemsize)
+    return schedule_of(rows, shape, device=weight.get_device())
+
+
+def expert_gemm(
+    op: str,
+    variant: ExpertGemmVariant,
+    *,
+    inputs: list[Any],
+    top_k: int,
+    width: int,
+    schedule: Schedule | None = None,
+    shared: SharedTiles | None = None,
+) -> Any:
+    """Lower one of the two expert GEMMs; `inputs` stand in the order of the template's `def_kernel`.
+
+    With `shared`, which takes a schedule without descriptors, the result is a pair: [N, W], and the shared one [T, S].
+    """
+    inputs = _compat.realize_inputs(*inputs)
+    weight = inputs[1]
+    rows = inputs[-2].get_size()[0]
+    if schedule is None:
+        schedule, _ = gemm_schedule(weight, rows, act=variant.act)
+    num_experts, _, depth = map(_compat.static_size, weight.get_size())
     reason = _tma_refusal(variant, {"A": inputs[0], "W": weight}) if schedule.loop.tma else None
     if reason is not None:
         schedule = schedule.without_tma()
-    variant = variant.scheduled(schedule, depth=depth)
     constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
     if schedule.loop.tma:
         constants["PROGRAMS"] = device_spec(weight.get_device().index or 0).num_sms
+    mutated = None
+    if shared is not None:
+        depth = math.gcd(depth, shared.depth)
+        constants |= {"SHARED_N": shared.width, "SLOTS": shared.slots}
+        tokens = shared.hidden.get_size()[0]
+        out = _compat.empty_strided([tokens, shared.width], None, dtype=weight.get_dtype(), device=weight.get_device())
+        out.realize()
+        inputs += _compat.realize_inputs(shared.hidden, *shared.weights, out)
+        mutated = inputs[-1:]
+    variant = variant.scheduled(schedule, depth=depth)
     template = _template(variant.name, variant.source(), _gemm_grid)
     result = _compat.run_template(
         template,
@@ -110,13 +162,14 @@ def _expert_gemm(op: str, variant: ExpertGemmVariant, inputs: list[Any], top_k: 
         num_warps=schedule.num_warps,
         num_stages=schedule.num_stages,
         constants=constants,
+        mutated_inputs=mutated,
     )
     note(op, f"triton {template.name} {schedule}", reason=reason)
-    return result
+    return result if mutated is None else (result, out)
 
 
 @_compat.register_lowering(_OPS.moe_expert_up.default, type_promotion_kind=None)
-def _moe_expert_up(
+def lower_expert_up(
     hidden: Any,
     w13: Any,
     b13: Any,
@@ -142,11 +195,11 @@ def _moe_expert_up(
         precision=dot_precision(hidden.get_dtype()),
     )
     inputs = [hidden, w13, *([] if b13 is None else [b13]), order, offsets]
-    return _expert_gemm("moe_expert_up", variant, inputs, top_k, width)
+    return expert_gemm("moe_expert_up", variant, inputs=inputs, top_k=top_k, width=width)
 
 
 @_compat.register_lowering(_OPS.moe_expert_down.default, type_promotion_kind=None)
-def _moe_expert_down(act: Any, w2: Any, b2: Any, order: Any, offsets: Any) -> Any:
+def lower_expert_down(act: Any, w2: Any, b2: Any, order: Any, offsets: Any) -> Any:
     reason = refusal(act)
     if reason is not None:
         return fallback_noted(_OPS.moe_expert_down.default, reason, act, w2, b2, order, offsets)
@@ -157,7 +210,8 @@ def _moe_expert_down(act: Any, w2: Any, b2: Any, order: Any, offsets: Any) -> An
         precision=dot_precision(act.get_dtype()),
     )
     inputs = [act, w2, *([] if b2 is None else [b2]), order, offsets]
-    return _expert_gemm("moe_expert_down", variant, inputs, 1, _compat.static_size(w2.get_size()[1]))
+    width = _compat.static_size(w2.get_size()[1])
+    return expert_gemm("moe_expert_down", variant, inputs=inputs, top_k=1, width=width)
 
 
 @_compat.SymbolicGridFn

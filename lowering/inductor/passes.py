@@ -50,6 +50,7 @@ def register_lowerings() -> None:
     """Import the lowerings, which registers them; needed before a graph with our ops is lowered."""
     importlib.import_module("lowering.inductor.lowerings")
     importlib.import_module("lowering.inductor.route_lowerings")
+    importlib.import_module("lowering.inductor.shared_lowerings")
 
 
 def install_pass() -> None:

@@ -31,6 +31,14 @@ SCHEMAS = {
         "(Tensor left, Tensor right, Tensor? left_index, Tensor? right_index, Tensor offsets) -> Tensor"
     ),
     "moe_combine": "(Tensor slots, Tensor weights) -> Tensor",
+    "moe_expert_up_shared": (
+        "(Tensor hidden, Tensor w13, Tensor? b13, Tensor order, Tensor offsets, Tensor shared_hidden, Tensor shared_w1,"
+        " Tensor? shared_w3, int top_k, str act, bool interleaved=False) -> (Tensor act, Tensor shared)"
+    ),
+    "moe_expert_down_shared": (
+        "(Tensor act, Tensor w2, Tensor? b2, Tensor order, Tensor offsets, Tensor shared, Tensor shared_w2, int top_k)"
+        " -> (Tensor slots, Tensor shared)"
+    ),
 }
 
 # called whenever a fake function runs, that is while a graph with our ops is traced
@@ -63,4 +71,10 @@ def register(
     torch.library.register_fake(f"{NAMESPACE}::{name}", traced, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def register_composite(name: str, function: Callable[..., Any]) -> Any:
+    """Register `diffulex::name` as what `function` makes of other ops, gradients included; its default overload."""
+    LIBRARY.impl(name, function, "CompositeImplicitAutograd")
     return getattr(getattr(torch.ops, NAMESPACE), name).default

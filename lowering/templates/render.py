@@ -46,6 +46,7 @@ class ExpertGemmVariant:
     act        formula, or identity
     even_k     the reduction width is a multiple of BLOCK_K: no masks in the loop
     precision  "ieee" or "tf32" for fp32 operands, no effect on 16-bit ones
+    shared     programs of a shared expert, with the same activation, come first (pointers, no bias)
     loop       the fields of the schedule that change the text, see `Schedule`
     """
 
@@ -56,6 +57,7 @@ class ExpertGemmVariant:
     interleaved: bool = False
     even_k: bool = True
     precision: str = "ieee"
+    shared: bool = False
     loop: Loop = PLAIN
 
     @property
@@ -72,6 +74,9 @@ class ExpertGemmVariant:
         """The kernel text with the host's hooks in it."""
         gated = is_gated(self.act)
         arguments = ["A", "W", *(["BIAS"] if self.bias else []), "ORDER", "OFFSETS"]
+        if self.shared:
+            assert not (self.bias or self.interleaved or self.loop.tma), "a shared expert has none of these"
+            arguments += ["SHARED_A", "SHARED_W", *(["SHARED_UP"] if gated else []), "SHARED_OUT"]
         act = None if self.act == IDENTITY else to_triton(self.act, gate="acc", up="acc_up")
         return _render(
             "moe_expert_gemm_tma" if self.loop.tma else "moe_expert_gemm",
@@ -86,6 +91,9 @@ class ExpertGemmVariant:
             up_shift="1" if self.interleaved else "WIDTH_N",
             even_k=self.even_k,
             precision=self.precision,
+            shared=self.shared,
+            width="width" if self.shared else "WIDTH_N",
+            up_ptr="w_up_ptr" if self.shared else "w_ptr + up_shift",
             grouped=self.loop.grouped,
             subtiles=self.loop.subtiles,
             flatten=self.loop.flatten,
@@ -99,7 +107,7 @@ class ExpertGemmVariant:
 
     @functools.cache  # noqa: B019  a few variants a model
     def _name(self) -> str:
-        stage = "moe_expert_up" if self.gather else "moe_expert_down"
+        stage = ("moe_expert_up" if self.gather else "moe_expert_down") + ("_shared" if self.shared else "")
         fields = dataclasses.replace(self, act=canonical(self.act))
         return f"{stage}_{hashlib.sha256(repr(fields).encode()).hexdigest()[:8]}"
 

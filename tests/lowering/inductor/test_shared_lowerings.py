@@ -1,0 +1,164 @@
+"""A shared expert's products in the routed experts' kernels, or beside them: which, and that both compute the same."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import silu
+
+import diffulex  # noqa: F401  the pass that finds shared experts
+from lowering.errors import ReasonCode
+from lowering.inductor import shared_lowerings
+from lowering.inductor.offline import compile_kernels, offline_source
+from lowering.inductor.passes import register_lowerings
+from lowering.report import collect
+from tests.support.interpreter import interpreter
+from tests.support.oracle import assert_oracle_ratio
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: nothing to fake")
+
+ops = torch.ops.diffulex
+ONCE = (Phase.explicit, Phase.generate)  # shrinking would take hundreds of interpreted runs
+E, H, WIDTH, K, SHARED = 5, 32, 24, 3, 40
+
+
+def experts(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI, act):
+    order_N, _, offsets_E1 = ops.moe_dispatch(ids_TK, E)
+    act_NI = ops.moe_expert_up(hidden_TH, w13_EJH, None, order_N, offsets_E1, K, act)
+    return ops.moe_combine(ops.moe_expert_down(act_NI, w2_EHI, None, order_N, offsets_E1), weights_TK)
+
+
+def block(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI, w1_SH, w3_SH, shared_w2_HS):
+    """Experts, and a shared one as models write it: a pass takes it into the stages."""
+    shared_TH = (silu(hidden_TH @ w1_SH.t()) * (hidden_TH @ w3_SH.t())) @ shared_w2_HS.t()
+    return hidden_TH + experts(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI, "swiglu") + torch.tanh(shared_TH)
+
+
+def ungated(hidden_TH, ids_TK, weights_TK, w1_EIH, w2_EHI, w1_SH, shared_w2_HS):
+    shared_TH = torch.relu(hidden_TH @ w1_SH.t()).square() @ shared_w2_HS.t()
+    return experts(hidden_TH, ids_TK, weights_TK, w1_EIH, w2_EHI, "relu2") + shared_TH
+
+
+def inputs(tokens, seed, dtype=torch.float32, hidden=H, width=WIDTH, shared=SHARED):
+    """Ids include E, which is no expert."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(tokens, hidden), (E, 2 * width, hidden), (E, hidden, width)]
+    sizes += [(shared, hidden), (shared, hidden), (hidden, shared)]
+    hidden_TH, *weights = (
+        (torch.randn(size, generator=generator, dtype=torch.float64) * size[-1] ** -0.5).to(dtype) for size in sizes
+    )
+    ids_TK = torch.randint(0, E + 1, (tokens, K), generator=generator, dtype=torch.int32)
+    return [hidden_TH * 6, ids_TK, torch.rand(tokens, K, generator=generator), *weights]
+
+
+def ungated_inputs(tokens, seed):
+    hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI, w1_SH, _, shared_w2_HS = inputs(tokens, seed)
+    return [hidden_TH, ids_TK, weights_TK, w13_EJH[:, :WIDTH], w2_EHI, w1_SH, shared_w2_HS]
+
+
+def generated(fn, tensors, *, dynamic=True, most=math.inf):
+    """`most` row tiles in the kernel: so small a model has one range of rows, without an end."""
+    register_lowerings()
+    for tensor in tensors[:3] if dynamic else ():
+        torch._dynamo.mark_dynamic(tensor, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_lowerings, "MAX_ROW_TILES", most)
+        return offline_source(fn, tensors)
+
+
+@pytest.fixture(scope="module")
+def code():
+    return generated(block, inputs(16, 0))
+
+
+@pytest.fixture(scope="module")
+def ungated_code():
+    return generated(ungated, ungated_inputs(16, 0))
+
+
+def check(code, fn, tensors):
+    (out,) = interpreter().graph(code, fn, tensors)
+    double = [tensor.double() if tensor.is_floating_point() and tensor.shape[-1] != K else tensor for tensor in tensors]
+    assert_oracle_ratio(out, fn(*tensors), fn(*double))
+
+
+def test_the_shared_expert_costs_no_kernel(code, ungated_code):
+    for found in (code, ungated_code):
+        assert len(found.calls) == 4 and found.extern_calls == ()
+        assert found.kernel("moe_expert_up_shared") and found.kernel("moe_expert_down_shared")
+
+
+@settings(max_examples=6, phases=ONCE)
+@given(tokens=st.integers(2, 40), seed=st.integers(0, 9999))
+def test_in_the_kernels(code, tokens, seed):
+    check(code, block, inputs(tokens, seed))
+
+
+@settings(max_examples=4, phases=ONCE)
+@given(tokens=st.integers(2, 40), seed=st.integers(0, 9999))
+def test_ungated_in_the_kernels(ungated_code, tokens, seed):
+    check(ungated_code, ungated, ungated_inputs(tokens, seed))
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_fixed_token_counts(tokens):
+    tensors = inputs(tokens, tokens)
+    check(generated(block, tensors, dynamic=False), block, tensors)
+
+
+def test_no_tokens():
+    tensors = inputs(0, 0)
+    assert generated(block, tensors, dynamic=False).extern_calls == ()
+
+
+def test_rows_of_another_width():
+    """The shared expert may read other rows than the experts: latent projections narrow only those of the experts."""
+
+    def latent(wide_TD, down_HD, ids_TK, weights_TK, w13_EJH, w2_EHI, w1_SD, w3_SD, shared_w2_HS):
+        shared_TH = (silu(wide_TD @ w1_SD.t()) * (wide_TD @ w3_SD.t())) @ shared_w2_HS.t()
+        return experts(wide_TD @ down_HD.t(), ids_TK, weights_TK, w13_EJH, w2_EHI, "swiglu") + shared_TH
+
+    narrow, wide = inputs(7, 3), inputs(7, 4, hidden=2 * H)
+    tensors = [wide[0], wide[0], *narrow[1:5], wide[5], wide[6], narrow[7]]
+    tensors[1] = torch.randn(H, 2 * H, generator=torch.Generator().manual_seed(5)) / 8
+    found = generated(latent, tensors, dynamic=False)
+    assert found.extern_calls == ("extern_kernels.mm",)
+    check(found, latent, tensors)
+
+
+def beside(tensors, **options):
+    with collect() as decisions:
+        found = generated(block, tensors, dynamic=False, **options)
+    reasons = {d.subject: d.reason for d in decisions if d.subject.endswith("_shared")}
+    return found, reasons
+
+
+def test_many_row_tiles_stand_beside():
+    tensors = inputs(40, 5)
+    found, reasons = beside(tensors, most=1)
+    assert {reason.code for reason in reasons.values()} == {ReasonCode.SCHEDULE}
+    assert len(found.extern_calls) == 3
+    check(found, block, tensors)
+
+
+def test_what_cannot_be_read_alike_stands_beside():
+    tensors = inputs(5, 6)
+    tensors[5] = tensors[5].t().contiguous().t()
+    found, reasons = beside(tensors)
+    assert reasons["moe_expert_up_shared"].code is ReasonCode.LAYOUT
+    assert reasons["moe_expert_down_shared"] is None
+    assert len(found.extern_calls) == 2
+    check(found, block, tensors)
+
+
+def test_what_the_compiler_makes_of_it():
+    tensors = inputs(8, 0, dtype=torch.bfloat16, hidden=1024, width=512, shared=1024)
+    found = generated(block, tensors)
+    shared = tuple(kernel for kernel in found.kernels if "_shared" in kernel.name)
+    facts = compile_kernels(dataclasses.replace(found, kernels=shared))
+    assert len(facts) == 2
+    assert all(kernel.spill_bytes == 0 and kernel.cp_async > 0 for kernel in facts)
+    print(facts)
