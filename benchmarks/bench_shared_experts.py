@@ -32,7 +32,7 @@ WAYS = {"beside": -1, "within": math.inf}
 
 
 class Layer:
-    """Routed weights [E, J, H], [E, H, I] and those of a shared expert as wide as one of them, as a linear layer has them."""
+    """Routed weights [E, J, H], [E, H, I], and a shared expert as wide as one of them: [I, H] twice, [H, I]."""
 
     def __init__(self, shape: Shape) -> None:
         hidden, width = shape.hidden, shape.intermediate

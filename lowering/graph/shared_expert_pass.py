@@ -1,9 +1,9 @@
 """Take the products of a shared expert into the stages of the routed experts beside it.
 
 `down(act(gate(x), up(x)))`, a dense MLP over the rows that the routed experts gather, becomes the second output of
-`moe_expert_up_shared` and `moe_expert_down_shared`, whose lowering gives it programs of the same kernels: three products
-and a pointwise kernel less. Only values that nothing else reads are taken, so training graphs stay as they are, and only
-on CUDA: elsewhere the stages would be taken apart again.
+`moe_expert_up_shared` and `moe_expert_down_shared`, whose lowerings give it programs of the same kernels: three
+products and a pointwise kernel less. Only values that nothing else reads are taken, so training graphs stay as they
+are, and only on CUDA: elsewhere the stages would be taken apart again.
 """
 
 from __future__ import annotations
@@ -103,11 +103,11 @@ def _mlps_beside(up: Node) -> Iterator[_Mlp]:
                         seen.add(user)
                         waiting.append(user)
         for down in found:
-            with contextlib.suppress(_NoMlp):
+            with contextlib.suppress(_NoMlpError):
                 yield _Mlp(up, down, root)
 
 
-class _NoMlp(Exception):
+class _NoMlpError(Exception):
     """The product is the last one of no MLP: a projection behind a norm, say."""
 
 
@@ -126,9 +126,9 @@ class _Mlp:
         try:
             self.text = self.reader.text(self.result)
         except MatchError as error:
-            raise _NoMlp from error
+            raise _NoMlpError from error
         if not self.leaves:
-            raise _NoMlp
+            raise _NoMlpError
 
     def take(self, graph: Graph) -> None:
         """Rewrite; raises `MatchError` before anything is changed."""
@@ -192,7 +192,7 @@ class _Mlp:
         require(None not in weights, "a first product is by something else than a transposed weight")
         shapes = {tuple(tensor_of(weight).shape) for weight in weights}  # type: ignore[arg-type]
         require(len(shapes) == 1, f"gate and up of shapes {shapes}")
-        return rows[0], *weights  # type: ignore[return-value]
+        return rows[0], *weights  # type: ignore[arg-type]
 
     def _insert(self, graph: Graph, routed_down: Node, weights: tuple[Node, ...], last: Any) -> None:
         names = ("hidden", "w13", "b13", "order", "offsets")

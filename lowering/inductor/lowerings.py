@@ -179,6 +179,7 @@ def lower_expert_up(
     act: str = IDENTITY,
     interleaved: bool = False,
 ) -> Any:
+    """Lower `moe_expert_up`."""
     reason = refusal(hidden)
     if reason is not None:
         return fallback_noted(
@@ -200,6 +201,7 @@ def lower_expert_up(
 
 @_compat.register_lowering(_OPS.moe_expert_down.default, type_promotion_kind=None)
 def lower_expert_down(act: Any, w2: Any, b2: Any, order: Any, offsets: Any) -> Any:
+    """Lower `moe_expert_down`."""
     reason = refusal(act)
     if reason is not None:
         return fallback_noted(_OPS.moe_expert_down.default, reason, act, w2, b2, order, offsets)

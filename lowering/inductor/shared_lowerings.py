@@ -1,4 +1,4 @@
-"""Inductor lowerings of the stages with a shared expert: its tiles in the routed experts' kernel, or products beside it.
+"""Inductor lowerings of the stages with a shared expert: its tiles in the experts' kernel, or products beside it.
 
 In the kernel it costs no launch and fills the routed experts' waves, but it gets their tiles, which are for few rows an
 expert, while it has a row for every token. So it goes there while its row tiles are few.
@@ -28,7 +28,7 @@ MAX_ROW_TILES = 16  # of a shared expert in the routed experts' kernel
 
 
 def _layout_refusal(routed: tuple[Any, Any], shared: tuple[Any, ...]) -> Reason | None:
-    """Why shared operands (A [T, D] and weights [S, D]) cannot be read like the routed ones (A and weights), or None."""
+    """Why shared operands (A [T, D], weights [S, D]) cannot be read like the routed ones (A and weights), or None."""
     nodes = _compat.realize_inputs(*routed, *shared)
     names = ("hidden", "the experts' weights", "the shared expert's input", *["its weights"] * (len(shared) - 1))
     for name, node in zip(names, nodes, strict=True):

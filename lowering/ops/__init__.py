@@ -1,8 +1,9 @@
 """The ops of a MoE block, registered in the namespace `diffulex` (`torch.ops.diffulex.moe_*`).
 
 T tokens, K experts per token, N = T*K slots (slot n belongs to token n // K), E experts, H hidden, I expert width,
-J = 2I gated, I otherwise. `moe_route -> moe_dispatch -> moe_expert_up -> moe_expert_down -> moe_combine`. The two `..._shared` take the products
-of a shared expert, an MLP of width S over every token, into the same stage; models do not call them, a pass inserts them.
+J = 2I gated, I otherwise. `moe_route -> moe_dispatch -> moe_expert_up -> moe_expert_down -> moe_combine`. The two
+`..._shared` take the products of a shared expert, an MLP of width S over every token, into the same stage: a pass
+inserts them.
 """
 
 from .moe_combine import moe_combine

@@ -38,7 +38,7 @@ def _validate(
 
 
 def shared_expert_up(shared_TD: Tensor, shared_w1_SD: Tensor, shared_w3_SD: Tensor | None, *, act: str) -> Tensor:
-    """act(x @ w1.T, x @ w3.T) [T, S] of x [T, D], w1 and w3 [S, D] in one floating dtype; activation in at least fp32."""
+    """act(x @ w1.T, x @ w3.T) [T, S] of x [T, D], w1 and w3 [S, D] in one floating dtype; act in at least fp32."""
     wide = torch.float64 if shared_TD.dtype == torch.float64 else torch.float32
     gate_TS = (shared_TD @ shared_w1_SD.t()).to(wide)
     up_TS = gate_TS if shared_w3_SD is None else (shared_TD @ shared_w3_SD.t()).to(wide)

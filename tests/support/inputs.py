@@ -271,6 +271,28 @@ def down_args(form: BlockForm, device: str | torch.device = "cpu") -> Args:
     return make_act(form, device), block.w2_EHI, block.b2_EH, slots.order_N, slots.offsets_E1
 
 
+def _normal(form: BlockForm, device: str | torch.device, *sizes: tuple[int, int], seed: int) -> list[Tensor]:
+    """Matrices of these sizes in the form's dtype, rows of about length one."""
+    generator = torch.Generator().manual_seed(form.seed + seed)
+    values = [torch.randn(size, generator=generator, dtype=torch.float64) * max(1, size[1]) ** -0.5 for size in sizes]
+    return [value.to(form.dtype).to(device) for value in values]
+
+
+def up_shared_args(form: BlockForm, device: str | torch.device = "cpu") -> Args:
+    """Arguments of `moe_expert_up_shared`: those of the up stage, and a shared expert from H + 1 to S = I + 3."""
+    *tensors, top_k, act, interleaved = up_args(form, device)
+    depth, width = form.hidden + 1, form.width + 3
+    rows, w1, w3 = _normal(form, device, (form.tokens, depth), (width, depth), (width, depth), seed=6)
+    return *tensors, rows, w1, w3 if is_gated(act) else None, top_k, act, interleaved
+
+
+def down_shared_args(form: BlockForm, device: str | torch.device = "cpu") -> Args:
+    """Arguments of `moe_expert_down_shared`: those of the down stage, and a shared expert from S = I + 3 to H + 1."""
+    width = form.width + 3
+    shared, w2 = _normal(form, device, (form.tokens, width), (form.hidden + 1, width), seed=7)
+    return *down_args(form, device), shared, w2, form.top_k
+
+
 def grad_weight_args(form: BlockForm, device: str | torch.device = "cpu", *, left: str, right: str) -> Args:
     """Arguments of `moe_expert_grad_weight`; left [*, I] and right [*, H] hold rows by "row", "slot" or "token"."""
     block = make_block(form, device)
@@ -373,6 +395,14 @@ SAMPLES: dict[str, dict[str, Sample]] = {
         **_of_forms(down_args, "plain", "biased", "transposed", "sentinels", "no_tokens", "one_token", "width_one"),
         "strided_act": lambda device: _strided(down_args(_single(FORMS["plain"]), device)),
         "bfloat16": lambda device: down_args(FORMS["biased"].replace(dtype=torch.bfloat16), device),
+    },
+    "moe_expert_up_shared": {
+        **_of_forms(up_shared_args, "plain", "ungated_biased", "sentinels", "no_tokens", "one_token"),
+        "bfloat16": lambda device: up_shared_args(FORMS["plain"].replace(dtype=torch.bfloat16), device),
+    },
+    "moe_expert_down_shared": {
+        **_of_forms(down_shared_args, "plain", "biased", "sentinels", "no_tokens", "one_token"),
+        "bfloat16": lambda device: down_shared_args(FORMS["plain"].replace(dtype=torch.bfloat16), device),
     },
     "moe_expert_grad_weight": {
         **_grad_weight_samples(),

@@ -1,0 +1,179 @@
+"""A shared expert is taken into the experts' stages where that is right, and left with a reason where it is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import gelu, linear, silu
+
+from lowering import ops
+from lowering.errors import ReasonCode
+from lowering.graph.shared_expert_pass import shared_expert_pass
+from tests.support.graphs import applied, calls
+
+T, K, E, H, WIDTH, SHARED = 6, 2, 4, 16, 8, 12
+
+
+def experts(x_TH, ids_TK, p, act="silu(g) * u"):
+    order_N, _, offsets_E1 = ops.moe_dispatch(ids_TK, E)
+    act_NI = ops.moe_expert_up(x_TH, p["w13"], None, order_N, offsets_E1, K, act)
+    return ops.moe_combine(ops.moe_expert_down(act_NI, p["w2"], None, order_N, offsets_E1), p["weights"])
+
+
+def mlp(x, p):
+    return linear(silu(linear(x, p["gate"])) * linear(x, p["up"]), p["down"])
+
+
+def merged(x, p):
+    gate, up = linear(x, p["gate_up"]).chunk(2, dim=-1)
+    return linear(silu(gate) * up, p["down"])
+
+
+def three_dimensional(x_TH, ids_TK, p):
+    """As transformers' models have it: the MLP sees [B, L, H], before the experts see [T, H]."""
+    x_BLH = x_TH.view(2, T // 2, H)
+    shared_BLH = mlp(x_BLH, p) * torch.sigmoid(linear(x_BLH, p["shared_gate"]))
+    return shared_BLH + experts(x_BLH.view(-1, H), ids_TK, p).view(x_BLH.shape)
+
+
+def escaping(x_TH, ids_TK, p):
+    gate = linear(x_TH, p["gate"])
+    out = experts(x_TH, ids_TK, p) + linear(silu(gate) * linear(x_TH, p["up"]), p["down"])
+    return out, gate
+
+
+def depending(x_TH, ids_TK, p):
+    """The ids are computed from the shared expert's output."""
+    shared = mlp(x_TH, p)
+    return experts(x_TH, ids_TK + (shared.sum(1, keepdim=True) > 0), p) + shared
+
+
+TAKEN = {
+    "after": lambda x, ids, p: experts(x, ids, p) + mlp(x, p),
+    "before": lambda x, ids, p: mlp(x, p) + experts(x, ids, p),
+    "merged": lambda x, ids, p: experts(x, ids, p) + merged(x, p),
+    "three_dimensional": three_dimensional,
+    "projected": lambda x, ids, p: experts(linear(x, p["square"]), ids, p) + mlp(x, p),
+}
+LEFT = {
+    "activation": (
+        lambda x, ids, p: experts(x, ids, p) + linear(gelu(linear(x, p["gate"])) * linear(x, p["up"]), p["down"]),
+        ReasonCode.OPTION,
+    ),
+    "biased": (
+        lambda x, ids, p: (
+            experts(x, ids, p) + linear(silu(linear(x, p["gate"], p["bias"])) * linear(x, p["up"]), p["down"])
+        ),
+        ReasonCode.OPTION,
+    ),
+    "escaping": (escaping, ReasonCode.SHARED_USE),
+    "depending": (depending, ReasonCode.SHARED_USE),
+    "not_folded": (
+        lambda x, ids, p: experts(x, ids, {**p, "w13": p["w13"][:, :WIDTH]}, "identity") + mlp(x, p),
+        ReasonCode.NOT_POINTWISE,
+    ),
+    "transposed": (
+        lambda x, ids, p: experts(x, ids, p) + (silu(x @ p["gate"].t()) * (x @ p["up"].t())) @ p["down_t"],
+        ReasonCode.STRUCTURE,
+    ),
+}
+NOTHING = {
+    "no_mlp": lambda x, ids, p: experts(x, ids, p) + x,
+    "other_rows": lambda x, ids, p: experts(x, ids, p) + mlp(x + 1, p),
+    "a_norm_between": lambda x, ids, p: (
+        experts(x, ids, p) + linear(torch.rms_norm(linear(x, p["gate"]), (SHARED,)), p["down"])
+    ),
+}
+
+
+def inputs(device="cpu", dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    sizes = {
+        "x": (T, H),
+        "w13": (E, 2 * WIDTH, H),
+        "w2": (E, H, WIDTH),
+        "weights": (T, K),
+        "gate": (SHARED, H),
+        "up": (SHARED, H),
+        "gate_up": (2 * SHARED, H),
+        "down": (H, SHARED),
+        "down_t": (SHARED, H),
+        "shared_gate": (1, H),
+        "square": (H, H),
+        "bias": (SHARED,),
+    }
+    values = {name: torch.randn(size, generator=generator).to(device, dtype) for name, size in sizes.items()}
+    ids_TK = torch.randint(0, E, (T, K), generator=generator, dtype=torch.int32).to(device)
+    return values.pop("x"), ids_TK, values
+
+
+def traced(function, device="cuda"):
+    """The module after the pass and what it found; on fake tensors, so that CUDA needs no device."""
+    with FakeTensorMode():
+        x_TH, ids_TK, values = inputs(device)
+        names = list(values)
+        tracer = make_fx(
+            lambda x, ids, *given: function(x, ids, dict(zip(names, given, strict=True))),
+            decomposition_table=select_decomp_table(),
+        )
+        module = tracer(x_TH, ids_TK, *values.values())
+    found = []
+    module = applied(lambda graph: shared_expert_pass(graph, record=found.append), module)
+    return module, found
+
+
+def computed(module):
+    x_TH, ids_TK, values = inputs()
+    return module(x_TH, ids_TK, *values.values())
+
+
+@pytest.mark.parametrize("function", TAKEN.values(), ids=TAKEN)
+def test_taken(function):
+    module, found = traced(function)
+    assert [record.reason for record in found] == [None]
+    assert (
+        len(calls(module.graph, ops.moe_expert_up_shared)) == len(calls(module.graph, ops.moe_expert_down_shared)) == 1
+    )
+    assert not calls(module.graph, ops.moe_expert_up, ops.moe_expert_down)
+    x_TH, ids_TK, values = inputs(dtype=torch.float64)
+    wanted = function(x_TH, ids_TK, values)
+    torch.testing.assert_close(module(x_TH, ids_TK, *values.values()), wanted)
+
+
+@pytest.mark.parametrize(("function", "code"), LEFT.values(), ids=LEFT)
+def test_left_with_a_reason(function, code):
+    module, (found,) = traced(function)
+    assert found.reason is not None and found.reason.code is code, found.reason
+    assert not calls(module.graph, ops.moe_expert_up_shared)
+
+
+@pytest.mark.parametrize("function", NOTHING.values(), ids=NOTHING)
+def test_nothing_to_tell(function):
+    module, found = traced(function)
+    assert found == []
+    assert not calls(module.graph, ops.moe_expert_up_shared)
+
+
+def test_only_on_cuda():
+    module, (found,) = traced(TAKEN["after"], device="cpu")
+    assert found.reason.code is ReasonCode.NOT_CUDA
+
+
+def test_one_shared_expert_a_layer():
+    module, found = traced(lambda x, ids, p: experts(x, ids, p) + mlp(x, p) + merged(x, p))
+    assert [record.reason for record in found] == [None]
+    assert len(calls(module.graph, torch.ops.aten.mm.default)) in (2, 3)
+
+
+def test_two_layers():
+    def function(x, ids, p):
+        for _ in range(2):
+            x = experts(x, ids, p) + mlp(x, p)
+        return x
+
+    module, found = traced(function)
+    assert [record.reason for record in found] == [None, None]
+    assert not calls(module.graph, torch.ops.aten.mm.default)
