@@ -19,6 +19,7 @@ from ..schedule.schedule import TMA_ALIGNMENT, tma_refusal
 from ..templates.eager import dot_precision, gemm_constants, power_of_two
 from ..templates.render import ExpertGemmVariant, GradWeightVariant
 from . import _compat
+from .early import begins_early, told
 from .gemm_plan import gemm_shape, schedule_of
 
 _OPS = torch.ops.diffulex
@@ -103,6 +104,7 @@ def _expert_gemm(op: str, variant: ExpertGemmVariant, inputs: list[Any], top_k: 
     if schedule.loop.tma:
         constants["PROGRAMS"] = device_spec(weight.get_device().index or 0).num_sms
     template = _template(variant.name, variant.source(), _gemm_grid)
+    early = begins_early(weight.get_device())
     result = _compat.run_template(
         template,
         inputs,
@@ -110,8 +112,9 @@ def _expert_gemm(op: str, variant: ExpertGemmVariant, inputs: list[Any], top_k: 
         num_warps=schedule.num_warps,
         num_stages=schedule.num_stages,
         constants=constants,
+        early=early,
     )
-    note(op, f"triton {template.name} {schedule}", reason=reason)
+    note(op, f"triton {template.name} {schedule}{told(early)}", reason=reason)
     return result
 
 
@@ -179,6 +182,7 @@ def _moe_expert_grad_weight(left: Any, right: Any, left_index: Any, right_index:
     width_l, width_r = (_compat.static_size(node.get_size()[1]) for node in (left, right))
     block = 128 if left.get_dtype().itemsize == 2 else 64
     template = _template(variant.name, variant.source(), _grad_weight_grid)
+    early = begins_early(left.get_device())
     result = _compat.run_template(
         template,
         inputs,
@@ -186,8 +190,9 @@ def _moe_expert_grad_weight(left: Any, right: Any, left_index: Any, right_index:
         num_warps=8 if block == 128 else 4,
         num_stages=3,
         constants={"BLOCK_L": block, "BLOCK_R": max(16, min(block, power_of_two(width_r))), "BLOCK_K": 32},
+        early=early,
     )
-    note("moe_expert_grad_weight", f"triton {template.name}")
+    note("moe_expert_grad_weight", f"triton {template.name}{told(early)}")
     return result
 
 
@@ -208,5 +213,6 @@ def _moe_combine(slots: Any, weights: Any) -> Any:
         weight = lower[prims.convert_element_type.default](lower[aten.select.int](weights, 1, k), torch.float32)
         term = lower[aten.mul.Tensor](slot, lower[aten.unsqueeze.default](weight, -1))
         total = term if total is None else lower[aten.add.Tensor](total, term)
-    note("moe_combine", "Inductor IR, fused with its neighbours")
+    early = _compat.generated_begin_early(_compat.V.graph)
+    note("moe_combine", f"Inductor IR, fused with its neighbours{told(early)}")
     return lower[prims.convert_element_type.default](total, slots.get_dtype())
