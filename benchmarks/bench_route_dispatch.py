@@ -28,9 +28,8 @@ ROUTERS = {
 Routed = tuple[Tensor, ...]
 
 
-def stock(spec: RoutingSpec, logits_TE: Tensor, bias_E: Tensor) -> Routed:
-    """What a model written in plain torch does for logits [T, E] fp32: weights, order, offsets."""
-    num_experts = logits_TE.shape[1]
+def stock_route(spec: RoutingSpec, logits_TE: Tensor, bias_E: Tensor) -> Routed:
+    """What a model written in plain torch does for logits [T, E] fp32: weights [T, K] fp32 and ids [T, K] int64."""
     if spec.score == "softmax":
         scores_TE = logits_TE.softmax(-1)
         weights_TK, ids_TK = scores_TE.topk(spec.top_k, dim=-1)
@@ -41,7 +40,13 @@ def stock(spec: RoutingSpec, logits_TE: Tensor, bias_E: Tensor) -> Routed:
         kept_TG = torch.zeros(len(logits_TE), spec.n_group, device=logits_TE.device).scatter(1, best_TG, 1.0)
         ids_TK = grouped_TGS.masked_fill(kept_TG.unsqueeze(-1) == 0, float("-inf")).flatten(1).topk(spec.top_k).indices
         weights_TK = scores_TE.gather(1, ids_TK)
-    weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + spec.eps) * spec.scale
+    return weights_TK / (weights_TK.sum(-1, keepdim=True) + spec.eps) * spec.scale, ids_TK
+
+
+def stock(spec: RoutingSpec, logits_TE: Tensor, bias_E: Tensor) -> Routed:
+    """`stock_route`, then weights, order, offsets in plain torch."""
+    num_experts = logits_TE.shape[1]
+    weights_TK, ids_TK = stock_route(spec, logits_TE, bias_E)
     sorted_N, order_N = ids_TK.flatten().sort(stable=True)
     return weights_TK, order_N, torch.histc(sorted_N.int(), num_experts, 0, num_experts - 1).cumsum(0)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch._inductor import config, ir
+from torch._inductor.codegen.triton import TritonKernel
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.lowering import (
     empty_strided,
@@ -19,6 +22,7 @@ from torch._inductor.lowering import (
 from torch._inductor.select_algorithm import (
     SymbolicGridFn,
     TritonTemplate,
+    TritonTemplateKernel,
     autotune_select_algorithm,
     realize_inputs,
 )
@@ -29,6 +33,7 @@ __all__ = [
     "SymbolicGridFn",
     "TritonTemplate",
     "V",
+    "begin_early",
     "config",
     "contiguous_inputs",
     "current_fx_node",
@@ -36,6 +41,7 @@ __all__ = [
     "fallback",
     "fixed_layout",
     "freeze_layout",
+    "generated_begin_early",
     "guard_less_equal",
     "inline",
     "ir",
@@ -129,10 +135,18 @@ def run_template(
     num_stages: int,
     constants: dict[str, Any],
     mutated_inputs: Sequence[Any] | None = None,
+    early: bool = False,
 ) -> Any:
-    """One template choice, so nothing is benchmarked and neighbours fuse; raises when Inductor refuses the template."""
+    """One template choice, so nothing is benchmarked and neighbours fuse; raises when Inductor refuses the template.
+
+    early: the kernel begins before the last one has ended, see `early`.
+    """
     choices: list[Any] = []
     extra: dict[str, Any] = {} if mutated_inputs is None else {"mutated_inputs": list(mutated_inputs)}
+    if early:
+        constants = {**constants, "EARLY": True}
+        extra["triton_meta"] = {"launch_pdl": True}
+        begin_early(V.graph)
     error = template.maybe_append_choice(
         choices,
         input_nodes=list(inputs),
@@ -146,3 +160,56 @@ def run_template(
         raise error
     result = autotune_select_algorithm(template.name, choices, list(inputs), layout)
     return result[0] if isinstance(result, tuple) else result  # a node in torch 2.11, a tuple later
+
+
+_early_graphs: weakref.WeakSet[Any] = weakref.WeakSet()
+_LAUNCH_METHODS = ("_enable_pdl_codegen", "_handle_pdl_before_access", "_handle_pdl_after_load", "_filter_pdl")
+
+
+def begin_early(graph: Any) -> None:
+    """Have the kernels that Inductor itself generates for `graph` begin early, too, as described in `early`.
+
+    Under `enable_pdl` Inductor puts their waits ahead of what the kernel before wrote by name. That misses buffers a
+    template mutates, memory that is used again under another name, and kernels that read nothing; and a template that
+    lets its dependents go early makes this matter. In `graph` they wait ahead of all else instead.
+    """
+    if all(hasattr(TritonKernel, name) for name in (*_LAUNCH_METHODS, "GDC_WAIT", "GDC_LAUNCH")):
+        _wait_first()
+        _early_graphs.add(graph)
+
+
+def generated_begin_early(graph: Any) -> bool:
+    """Whether Inductor's own kernels for `graph` begin early: `begin_early` was called, and knew this Inductor."""
+    return graph in _early_graphs
+
+
+@functools.cache
+def _wait_first() -> None:
+    stock_enabled, stock_before, stock_after, stock_filter = (getattr(TritonKernel, name) for name in _LAUNCH_METHODS)
+
+    def early() -> bool:
+        if V.graph not in _early_graphs or isinstance(V.kernel, TritonTemplateKernel):
+            return False
+        device = V.graph.get_current_device_or_throw()
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+    def enabled() -> bool:
+        return early() or stock_enabled()
+
+    def unless_early(stock: Callable[..., None]) -> Callable[..., None]:
+        def handle(self: Any, *args: Any, **kwargs: Any) -> None:
+            if not early():
+                stock(self, *args, **kwargs)
+
+        return handle
+
+    def wait_first(self: Any, code: Any) -> None:
+        if early():
+            code._lines[:0] = [self.GDC_WAIT, self.GDC_LAUNCH]
+        else:
+            stock_filter(self, code)
+
+    TritonKernel._enable_pdl_codegen = staticmethod(enabled)
+    TritonKernel._handle_pdl_before_access = unless_early(stock_before)
+    TritonKernel._handle_pdl_after_load = unless_early(stock_after)
+    TritonKernel._filter_pdl = wait_first

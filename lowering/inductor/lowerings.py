@@ -21,6 +21,7 @@ from ..schedule.schedule import TMA_ALIGNMENT, Schedule, tma_refusal
 from ..templates.eager import dot_precision, gemm_constants, power_of_two
 from ..templates.render import ExpertGemmVariant, GradWeightVariant
 from . import _compat
+from .early import begins_early, told
 from .gemm_plan import gemm_shape, schedule_of
 
 _OPS = torch.ops.diffulex
@@ -155,6 +156,7 @@ def expert_gemm(
         mutated = inputs[-1:]
     variant = variant.scheduled(schedule, depth=depth)
     template = _template(variant.name, variant.source(), _gemm_grid)
+    early = begins_early(weight.get_device())
     result = _compat.run_template(
         template,
         inputs,
@@ -163,13 +165,14 @@ def expert_gemm(
         num_stages=schedule.num_stages,
         constants=constants,
         mutated_inputs=mutated,
+        early=early,
     )
-    note(op, f"triton {template.name} {schedule}", reason=reason)
+    note(op, f"triton {template.name} {schedule}{told(early)}", reason=reason)
     return result if mutated is None else (result, out)
 
 
 @_compat.register_lowering(_OPS.moe_expert_up.default, type_promotion_kind=None)
-def lower_expert_up(
+def _moe_expert_up(
     hidden: Any,
     w13: Any,
     b13: Any,
@@ -179,7 +182,6 @@ def lower_expert_up(
     act: str = IDENTITY,
     interleaved: bool = False,
 ) -> Any:
-    """Lower `moe_expert_up`."""
     reason = refusal(hidden)
     if reason is not None:
         return fallback_noted(
@@ -200,8 +202,7 @@ def lower_expert_up(
 
 
 @_compat.register_lowering(_OPS.moe_expert_down.default, type_promotion_kind=None)
-def lower_expert_down(act: Any, w2: Any, b2: Any, order: Any, offsets: Any) -> Any:
-    """Lower `moe_expert_down`."""
+def _moe_expert_down(act: Any, w2: Any, b2: Any, order: Any, offsets: Any) -> Any:
     reason = refusal(act)
     if reason is not None:
         return fallback_noted(_OPS.moe_expert_down.default, reason, act, w2, b2, order, offsets)
@@ -235,6 +236,7 @@ def _moe_expert_grad_weight(left: Any, right: Any, left_index: Any, right_index:
     width_l, width_r = (_compat.static_size(node.get_size()[1]) for node in (left, right))
     block = 128 if left.get_dtype().itemsize == 2 else 64
     template = _template(variant.name, variant.source(), _grad_weight_grid)
+    early = begins_early(left.get_device())
     result = _compat.run_template(
         template,
         inputs,
@@ -242,8 +244,9 @@ def _moe_expert_grad_weight(left: Any, right: Any, left_index: Any, right_index:
         num_warps=8 if block == 128 else 4,
         num_stages=3,
         constants={"BLOCK_L": block, "BLOCK_R": max(16, min(block, power_of_two(width_r))), "BLOCK_K": 32},
+        early=early,
     )
-    note("moe_expert_grad_weight", f"triton {template.name}")
+    note("moe_expert_grad_weight", f"triton {template.name}{told(early)}")
     return result
 
 
@@ -264,5 +267,6 @@ def _moe_combine(slots: Any, weights: Any) -> Any:
         weight = lower[prims.convert_element_type.default](lower[aten.select.int](weights, 1, k), torch.float32)
         term = lower[aten.mul.Tensor](slot, lower[aten.unsqueeze.default](weight, -1))
         total = term if total is None else lower[aten.add.Tensor](total, term)
-    note("moe_combine", "Inductor IR, fused with its neighbours")
+    early = _compat.generated_begin_early(_compat.V.graph)
+    note("moe_combine", f"Inductor IR, fused with its neighbours{told(early)}")
     return lower[prims.convert_element_type.default](total, slots.get_dtype())

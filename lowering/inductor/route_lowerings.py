@@ -15,6 +15,7 @@ from ..ops.moe_route import route_constants, route_schedule, split_options
 from ..spec import RoutingSpec
 from ..templates.render import template_text
 from . import _compat
+from .early import begins_early, told
 from .gemm_plan import rows_bound
 from .lowerings import fallback_noted, note, refusal
 
@@ -72,6 +73,7 @@ def _moe_route(logits: Any, bias: Any, ids: Any, *options: Any) -> Any:
     wanted = ((constants["HAS_BIAS"] or constants["BIAS_WEIGHS"], bias), (True, per_expert_scale), (True, ids))
     extra = [tensor for is_read, tensor in wanted if is_read and tensor is not None]
     inputs = _compat.realize_inputs(logits, *extra, ids_out)
+    early = begins_early(logits.get_device())
     weights = _compat.run_template(
         _template("moe_route", _route_grid),
         inputs,
@@ -80,8 +82,9 @@ def _moe_route(logits: Any, bias: Any, ids: Any, *options: Any) -> Any:
         num_stages=1,
         constants=constants | schedule,
         mutated_inputs=[inputs[-1]],
+        early=early,
     )
-    note("moe_route", f"triton moe_route {schedule['BLOCK_T']} tokens a program")
+    note("moe_route", f"triton moe_route {schedule['BLOCK_T']} tokens a program{told(early)}")
     return weights, ids_out
 
 
@@ -98,6 +101,7 @@ def _moe_dispatch(ids: Any, num_experts: int) -> Any:
     order, token = (_empty(ids, [slots], torch.int32) for _ in range(2))
     (ids,) = _compat.contiguous_inputs(ids)
     outputs = _compat.realize_inputs(order, token)
+    early = begins_early(ids.get_device())
 
     def run(name: str, grid: Any, inputs: list[Any], size: list[int], **options: Any) -> Any:
         return _compat.run_template(
@@ -107,6 +111,7 @@ def _moe_dispatch(ids: Any, num_experts: int) -> Any:
             num_warps=schedule.num_warps,
             num_stages=1,
             constants=schedule.constants,
+            early=early,
             **options,
         )
 
@@ -115,8 +120,9 @@ def _moe_dispatch(ids: Any, num_experts: int) -> Any:
         counts = run("moe_dispatch_count", _programs_grid, [ids], size)
         inputs = [ids, counts, *outputs]
         offsets = run("moe_dispatch_place", _programs_grid, inputs, [num_experts + 1], mutated_inputs=outputs)
-        note("moe_dispatch", f"triton moe_dispatch_count, moe_dispatch_place {schedule.programs} programs")
+        programs = f"moe_dispatch_count, moe_dispatch_place {schedule.programs}"
     else:
         offsets = run("moe_dispatch", _experts_grid, [ids, *outputs], [num_experts + 1], mutated_inputs=outputs)
-        note("moe_dispatch", f"triton moe_dispatch {num_experts + 1} programs")
+        programs = f"moe_dispatch {num_experts + 1}"
+    note("moe_dispatch", f"triton {programs} programs{told(early)}")
     return order, token, offsets

@@ -21,7 +21,7 @@ from ..schedule.schedule import Schedule
 from ..templates.eager import dot_precision
 from ..templates.render import ExpertGemmVariant
 from . import _compat
-from .lowerings import SharedTiles, expert_gemm, gemm_schedule, lower_expert_down, lower_expert_up, note, refusal
+from .lowerings import SharedTiles, expert_gemm, gemm_schedule, note, refusal
 
 _OPS = torch.ops.diffulex
 MAX_ROW_TILES = 16  # of a shared expert in the routed experts' kernel
@@ -101,7 +101,9 @@ def _moe_expert_up_shared(
     reason, schedule, tiles = _tiles(variant, (hidden, w13), shared, rows=order.get_size()[0], top_k=top_k)
     if reason is not None:
         note("moe_expert_up_shared", "beside the experts", reason=reason)
-        routed = lower_expert_up(hidden, w13, b13, order, offsets, top_k, act, interleaved)
+        routed = _compat.lowerings[_OPS.moe_expert_up.default](
+            hidden, w13, b13, order, offsets, top_k, act, interleaved
+        )
         names = ("shared_hidden", "shared_w1", "shared_w3")
         return routed, _beside(lambda x, w1, w3: shared_expert_up(x, w1, w3, act=act), *names)
     width = intermediate_size(act, _compat.static_size(w13.get_size()[1]))
@@ -121,7 +123,7 @@ def _moe_expert_down_shared(
     reason, schedule, tiles = _tiles(variant, (act, w2), (shared, shared_w2), rows=order.get_size()[0], top_k=top_k)
     if reason is not None:
         note("moe_expert_down_shared", "beside the experts", reason=reason)
-        routed = lower_expert_down(act, w2, b2, order, offsets)
+        routed = _compat.lowerings[_OPS.moe_expert_down.default](act, w2, b2, order, offsets)
         return routed, _beside(lambda x, w2: x @ w2.t(), "shared", "shared_w2")
     width = _compat.static_size(w2.get_size()[1])
     inputs = [act, w2, order, offsets]

@@ -18,7 +18,7 @@ from tests.support.models import TINY, build_model
 from tests.support.oracle import assert_oracle_ratio
 
 moe = torch.ops.diffulex
-PASSES = ("spine_pass", "route_pass", "router_linear_pass", "activation_pass")
+PASSES = ("spine_pass", "route_pass", "router_linear_pass", "activation_pass", "shared_expert_pass")
 
 
 class Stock:

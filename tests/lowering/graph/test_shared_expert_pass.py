@@ -72,7 +72,7 @@ LEFT = {
     "escaping": (escaping, ReasonCode.SHARED_USE),
     "depending": (depending, ReasonCode.SHARED_USE),
     "not_folded": (
-        lambda x, ids, p: experts(x, ids, {**p, "w13": p["w13"][:, :WIDTH]}, "identity") + mlp(x, p),
+        lambda x, ids, p: experts(x, ids, {**p, "w13": p["w1"]}, "identity") + mlp(x, p),
         ReasonCode.NOT_POINTWISE,
     ),
     "transposed": (
@@ -90,10 +90,10 @@ NOTHING = {
 
 
 def inputs(device="cpu", dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
     sizes = {
         "x": (T, H),
         "w13": (E, 2 * WIDTH, H),
+        "w1": (E, WIDTH, H),
         "w2": (E, H, WIDTH),
         "weights": (T, K),
         "gate": (SHARED, H),
@@ -105,8 +105,9 @@ def inputs(device="cpu", dtype=torch.float32):
         "square": (H, H),
         "bias": (SHARED,),
     }
-    values = {name: torch.randn(size, generator=generator).to(device, dtype) for name, size in sizes.items()}
-    ids_TK = torch.randint(0, E, (T, K), generator=generator, dtype=torch.int32).to(device)
+    torch.manual_seed(0)
+    values = {name: torch.randn(size, dtype=dtype, device=device) for name, size in sizes.items()}
+    ids_TK = torch.randint(0, E, (T, K), dtype=torch.int32, device=device)
     return values.pop("x"), ids_TK, values
 
 
@@ -158,7 +159,7 @@ def test_nothing_to_tell(function):
 
 
 def test_only_on_cuda():
-    module, (found,) = traced(TAKEN["after"], device="cpu")
+    _, (found,) = traced(TAKEN["after"], device="cpu")
     assert found.reason.code is ReasonCode.NOT_CUDA
 
 

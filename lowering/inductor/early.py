@@ -1,0 +1,41 @@
+"""Kernels that begin while the one before them still runs (programmatic dependent launch), and when they do.
+
+A kernel launched with that attribute may start once every program of the kernel before it in the stream has let its
+dependents go or has ended; what the other wrote, and that it has read everything, holds only after a wait. Each of our
+templates, rendered with EARLY, waits and then lets its own dependents go, ahead of its first access to memory and of
+any return. What is before the wait is index arithmetic. From this follows:
+
+- Nothing is read before it was written, and no buffer that is used again is written while it is still read.
+- A kernel that has ended, or has let its dependents go, had waited: all kernels before the last one have ended, too.
+  So a wait for the last one is a wait for all, whoever wrote a buffer.
+- Kernels without the attribute (cuBLAS, torch's own, memory copies) begin when everything before them has ended.
+
+The kernels that Inductor generates in such a graph do the same, by `_compat.begin_early`.
+
+Weights are read after the wait, too: in a graph with an optimizer step the kernel before may have written them. Reading
+them ahead would be right where they are inputs of an inference graph and nothing in it writes to them.
+
+Inductor's C++ launcher knows no launch attributes, so such kernels are launched from Python. A CUDA graph pays for that
+once; without one only those begin early who asked for it by `torch._inductor.config.triton.enable_pdl`. Both settings
+are in the keys of Inductor's caches.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _compat
+
+_CAPABILITY = (9, 0)
+
+
+def begins_early(device: torch.device) -> bool:
+    """Whether our kernels of the graph being lowered begin early on `device`, a CUDA device."""
+    triton = _compat.config.triton
+    wanted = triton.cudagraphs or triton.enable_pdl
+    return wanted and torch.version.hip is None and torch.cuda.get_device_capability(device) >= _CAPABILITY
+
+
+def told(early: bool) -> str:
+    """What the report of a lowered op says about it."""
+    return ", begins early" if early else ""
