@@ -28,7 +28,8 @@ INFERENCE, TRAINING = "inference (no_grad)", "training"
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
     """One MoE layer. `captured`: its experts run through the ops; `form`: sizes and activation of its region;
-    `kernels`: one line per stage that was lowered, more where graphs or directions differ.
+    `kernels`: one line per stage that was lowered, more where graphs or directions differ; `shared_expert`: what became
+    of a dense MLP beside the experts, empty where there is none.
     """
 
     name: str
@@ -39,6 +40,7 @@ class LayerReport:
     router: str
     activation: str
     reason: str | None = None
+    shared_expert: str = ""
 
     @property
     def stages(self) -> frozenset[str]:
@@ -84,6 +86,7 @@ class Report:
                     f"  router      {layer.router}",
                     f"  activation  {layer.activation}",
                 ]
+                lines += [f"  shared      {layer.shared_expert}"] if layer.shared_expert else []
                 lines += [f"  {kernel}" for kernel in layer.kernels]
         if self.unattributed:
             lines += ["in no layer known by name:", *(f"  {kernel}" for kernel in self.unattributed)]
@@ -211,13 +214,14 @@ def _layer(name: str, module: nn.Module | None, decisions: list[Decision]) -> La
         kernels=_lines(lowered),
         router=_outcomes(decisions, "route_pass"),
         activation=_outcomes(decisions, "activation_pass"),
+        shared_expert=_outcomes(decisions, "shared_expert_pass", "shared_expert", default=""),
         reason=None if captured else str(_why_not(module, decisions)),
     )
 
 
-def _outcomes(decisions: list[Decision], subject: str) -> str:
-    told = dict.fromkeys(_told(decision) for decision in decisions if decision.subject == subject)
-    return "; ".join(told) or "not looked at"
+def _outcomes(decisions: list[Decision], *subjects: str, default: str = "not looked at") -> str:
+    told = dict.fromkeys(_told(decision) for decision in decisions if decision.subject in subjects)
+    return "; ".join(told) or default
 
 
 def _why_not(module: nn.Module | None, decisions: list[Decision]) -> Reason:

@@ -17,11 +17,12 @@ from ..activation import canonical, intermediate_size
 from ..errors import Reason, ReasonCode
 from ..graph.dataflow import arguments
 from ..ops.moe_expert_up_shared import shared_expert_up
+from ..report import layer_of, record
 from ..schedule.schedule import Schedule
 from ..templates.eager import dot_precision
 from ..templates.render import ExpertGemmVariant
 from . import _compat
-from .lowerings import SharedTiles, expert_gemm, gemm_schedule, note, refusal
+from .lowerings import SharedTiles, expert_gemm, gemm_schedule, refusal
 
 _OPS = torch.ops.diffulex
 MAX_ROW_TILES = 16  # of a shared expert in the routed experts' kernel
@@ -66,6 +67,12 @@ def _tiles(
     return reason, schedule, SharedTiles(shared[0], shared[1:], top_k)
 
 
+def _note_beside(stage: str, reason: Reason) -> None:
+    node = _compat.current_fx_node()
+    layer = layer_of(node) if node is not None else ""
+    record("plan", "shared_expert", layer=layer, outcome=f"{stage} products beside the experts", reason=reason)
+
+
 def _beside(function: Callable[..., Any], *names: str) -> Any:
     """The shared expert's products as Inductor lowers them."""
     node = _compat.current_fx_node()
@@ -100,7 +107,7 @@ def _moe_expert_up_shared(
     shared = (shared_hidden, shared_w1, *([] if shared_w3 is None else [shared_w3]))
     reason, schedule, tiles = _tiles(variant, (hidden, w13), shared, rows=order.get_size()[0], top_k=top_k)
     if reason is not None:
-        note("moe_expert_up_shared", "beside the experts", reason=reason)
+        _note_beside("up", reason)
         routed = _compat.lowerings[_OPS.moe_expert_up.default](
             hidden, w13, b13, order, offsets, top_k, act, interleaved
         )
@@ -109,7 +116,7 @@ def _moe_expert_up_shared(
     width = intermediate_size(act, _compat.static_size(w13.get_size()[1]))
     inputs = [hidden, w13, order, offsets]
     return expert_gemm(
-        "moe_expert_up_shared", variant, inputs=inputs, top_k=top_k, width=width, schedule=schedule, shared=tiles
+        "moe_expert_up", variant, inputs=inputs, top_k=top_k, width=width, schedule=schedule, shared=tiles
     )
 
 
@@ -122,11 +129,9 @@ def _moe_expert_down_shared(
     )
     reason, schedule, tiles = _tiles(variant, (act, w2), (shared, shared_w2), rows=order.get_size()[0], top_k=top_k)
     if reason is not None:
-        note("moe_expert_down_shared", "beside the experts", reason=reason)
+        _note_beside("down", reason)
         routed = _compat.lowerings[_OPS.moe_expert_down.default](act, w2, b2, order, offsets)
         return routed, _beside(lambda x, w2: x @ w2.t(), "shared", "shared_w2")
     width = _compat.static_size(w2.get_size()[1])
     inputs = [act, w2, order, offsets]
-    return expert_gemm(
-        "moe_expert_down_shared", variant, inputs=inputs, top_k=1, width=width, schedule=schedule, shared=tiles
-    )
+    return expert_gemm("moe_expert_down", variant, inputs=inputs, top_k=1, width=width, schedule=schedule, shared=tiles)
