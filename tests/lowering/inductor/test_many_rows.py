@@ -40,7 +40,7 @@ def block_inputs(form=FORM):
 
 
 def generate(monkeypatch, schedule, inputs, *, dynamic=(), function=block):
-    monkeypatch.setattr(lowerings, "schedule_of", lambda rows, shape, device: schedule)
+    monkeypatch.setattr(lowerings, "schedule_of", lambda rows, shape, device: (schedule, None))
     register_lowerings()
     torch._dynamo.reset()
     for tensor, dim in dynamic:

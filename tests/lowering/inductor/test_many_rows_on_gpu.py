@@ -58,7 +58,7 @@ def test_eager(schedule, interleaved):
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_compiled(schedule, mode, monkeypatch):
-    monkeypatch.setattr(lowerings, "schedule_of", lambda rows, shape, device: schedule)
+    monkeypatch.setattr(lowerings, "schedule_of", lambda rows, shape, device: (schedule, None))
     register_lowerings()
     torch._dynamo.reset()
     with torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
@@ -77,7 +77,7 @@ def in_thread(function, *args):
 
 def test_threads_that_set_no_allocator(monkeypatch):
     """Descriptors lie in memory that triton asks for, by thread."""
-    monkeypatch.setattr(lowerings, "schedule_of", lambda rows, shape, device: SCHEDULES[2])
+    monkeypatch.setattr(lowerings, "schedule_of", lambda rows, shape, device: (SCHEDULES[2], None))
     register_lowerings()
     torch._dynamo.reset()
     inputs = inputs_of(FORM)
