@@ -13,13 +13,13 @@ import torch
 from .. import ops  # noqa: F401  the ops have to exist
 from ..activation import IDENTITY, canonical, intermediate_size
 from ..errors import Reason, ReasonCode
-from ..report import layer_of, record
+from ..report import OWN_KERNEL, layer_of, record
 from ..schedule.device import device_spec
 from ..schedule.schedule import TMA_ALIGNMENT, tma_refusal
 from ..templates.eager import dot_precision, gemm_constants, power_of_two
 from ..templates.render import ExpertGemmVariant, GradWeightVariant
 from . import _compat
-from .gemm_plan import gemm_shape, schedule_of
+from .gemm_plan import gemm_shape, pointers_reason, schedule_of
 
 _OPS = torch.ops.diffulex
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -46,7 +46,7 @@ def note(op: str, outcome: str, *, reason: Reason | None = None) -> None:
 
 def fallback_noted(op: Any, reason: Reason, *args: Any) -> Any:
     """The op's own kernel, recorded with the reason."""
-    note(op._schema.name.removeprefix("diffulex::"), "the op's own kernel", reason=reason)
+    note(op._schema.name.removeprefix("diffulex::"), OWN_KERNEL, reason=reason)
     return _compat.fallback(op, *args)
 
 
@@ -72,9 +72,8 @@ def _gemm_grid(
 def _tma_refusal(variant: ExpertGemmVariant, operands: dict[str, Any]) -> Reason | None:
     for name in variant.described:
         node = operands[name]
-        _compat.freeze_layout(
-            node
-        )  # what is computed here could still be laid out otherwise than the kernel's text says
+        # what is computed here could still be laid out otherwise than the kernel's text says
+        _compat.freeze_layout(node)
         if not _compat.is_aligned(node, TMA_ALIGNMENT):
             return Reason(ReasonCode.ALIGNMENT, f"{name} is not known to begin at a multiple of {TMA_ALIGNMENT} bytes")
         element_size = node.get_dtype().itemsize
@@ -95,9 +94,12 @@ def _expert_gemm(op: str, variant: ExpertGemmVariant, inputs: list[Any], top_k: 
     num_experts, _, depth = sizes
     shape = gemm_shape(sizes, strides, act=variant.act, element_size=weight.get_dtype().itemsize)
     schedule = schedule_of(rows, shape, device=weight.get_device())
-    reason = _tma_refusal(variant, {"A": inputs[0], "W": weight}) if schedule.loop.tma else None
-    if reason is not None:
-        schedule = schedule.without_tma()
+    if schedule.loop.tma:
+        reason = _tma_refusal(variant, {"A": inputs[0], "W": weight})
+        schedule = schedule if reason is None else schedule.without_tma()
+    else:
+        refused = tma_refusal("W", sizes, strides=strides, element_size=shape.element_size)
+        reason = pointers_reason(rows, shape, refused=refused, device=weight.get_device())
     variant = variant.scheduled(schedule, depth=depth)
     constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
     if schedule.loop.tma:
