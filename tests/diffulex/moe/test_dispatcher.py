@@ -280,6 +280,26 @@ def test_layers_are_built_from_a_parallel_config(mesh):
         build_moe_block("ep", CONFIG, 0, parallel=ep, moe_gemm_impl="vllm")
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("placement", {"mode": "tp", "shard": "width", "placement": ExpertPlacement(((0, 1, 2, 3),))}),
+        ("shard", {"shard": "width"}),
+        ("dispatcher", {"mode": "tp", "dispatcher": "static"}),
+        ("max_tokens_per_rank", {"mode": "tp", "max_tokens_per_rank": 3}),
+        ("exact", {"exact": False}),
+        ("exact", {"mode": "tp", "exact": False}),
+    ],
+)
+def test_options_that_would_not_be_looked_at_are_refused(mesh, name, options):
+    parallel = ParallelConfig(mesh, dim="ep", **options)
+    with raises_catalogue(MoEOptionError, expected=f"no {name} beside mode=", got=f"{name}="):
+        parallel.check(4, 8)
+    with pytest.raises(MoEParallelError, match=f"no {name} beside"):
+        build_moe_block(parallel.mode, CONFIG, 0, parallel=parallel)
+    dataclasses.replace(parallel, **{name: getattr(ParallelConfig(mesh), name)}).check(4, 8)
+
+
 def layer_of(mesh, spec, **options):
     """A layer over the group, in fp64, with the weights of `make_layer`."""
     kind = TPFusedMoE if options.get("mode") == "tp" else EPFusedMoE
