@@ -205,7 +205,7 @@ def _told(decision: Decision) -> str:
 def _layer(name: str, module: nn.Module | None, decisions: list[Decision]) -> LayerReport:
     lowered = [decision for decision in decisions if decision.stage == "lower"]
     captured = {decision.subject for decision in lowered} >= _GEMM_OPS
-    generated = captured and all(decision.reason is None for decision in lowered)
+    generated = captured and all(decision.kernel_refusal is None for decision in lowered)
     return LayerReport(
         name=name,
         captured=captured,

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from .errors import MoEDeviceError, MoEDtypeError, MoEShapeError
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTS = (torch.int32, torch.int64)
+_FLOAT_WORDS = ("fp32, fp16, bf16 or fp64", "Cast it; quantised values are not taken here.")
+_INT_WORDS = ("int32 or int64", "Use what moe_route and moe_dispatch return.")
 
 
 def check_rank(where: str, name: str, tensor: Tensor, rank: int) -> None:
@@ -36,24 +38,20 @@ def check_shape(where: str, name: str, tensor: Tensor, shape: tuple[int | None, 
 
 def check_float(where: str, name: str, tensor: Tensor) -> None:
     """`MoEDtypeError` unless `tensor` of any shape [..., H] is fp32, fp16, bf16 or fp64."""
-    if tensor.dtype not in FLOATS:
-        raise MoEDtypeError.of(
-            where,
-            expected=f"{name} in fp32, fp16, bf16 or fp64",
-            got=str(tensor.dtype),
-            hint="Cast it; quantised values are not taken here.",
-        )
+    _check_dtype(where, name, tensor, FLOATS, _FLOAT_WORDS)
 
 
 def check_int(where: str, name: str, tensor: Tensor) -> None:
     """`MoEDtypeError` unless `tensor` of any shape [N] is int32 or int64."""
-    if tensor.dtype not in INTS:
-        raise MoEDtypeError.of(
-            where,
-            expected=f"{name} in int32 or int64",
-            got=str(tensor.dtype),
-            hint="Use what moe_route and moe_dispatch return.",
-        )
+    _check_dtype(where, name, tensor, INTS, _INT_WORDS)
+
+
+def _check_dtype(
+    where: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], words: tuple[str, str]
+) -> None:
+    if tensor.dtype not in dtypes:
+        listed, hint = words
+        raise MoEDtypeError.of(where, expected=f"{name} in {listed}", got=str(tensor.dtype), hint=hint)
 
 
 def check_same(where: str, first: tuple[str, Tensor], other: tuple[str, Tensor | None]) -> None:

@@ -13,17 +13,26 @@ from typing import Any
 from .errors import Reason
 
 logger = logging.getLogger("diffulex")
+OWN_KERNEL = "the op's own kernel"
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """One decision: `stage` is recognise, plan or lower; `subject` a pass or an op; `reason` says why not."""
+    """One decision: `stage` is recognise, plan or lower; `subject` a pass or an op; `reason` says why not.
+
+    A generated kernel has a reason where it is not the one that the plan would have had.
+    """
 
     stage: str
     subject: str
     layer: str
     outcome: str
     reason: Reason | None = None
+
+    @property
+    def kernel_refusal(self) -> Reason | None:
+        """Why an op got no generated kernel, or None."""
+        return self.reason if self.outcome == OWN_KERNEL else None
 
 
 _lock = threading.Lock()

@@ -94,7 +94,7 @@ def compile_offline(config: Any, folder: Path, *, tokens: int, verbose: bool) ->
             except Exception as error:  # whatever Triton or ptxas raises
                 failures.append(f"{shorten(kernel.name)} does not compile: {first_line(error)}")
             bar.advance(note=f"{len(facts)} of {len(wanted)} kernels")
-    refused = tuple(f"{d.subject}: {d.reason}" for d in decisions if d.stage == "lower" and d.reason is not None)
+    refused = tuple(f"{d.subject}: {d.reason}" for d in decisions if d.kernel_refusal is not None)
     return OfflineFacts(code, tuple(facts), refused, tuple(failures))
 
 

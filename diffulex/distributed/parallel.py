@@ -77,6 +77,28 @@ class ParallelConfig:
                 hint="The experts are spread over one dimension; make the mesh with mesh_dim_names.",
             )
 
+    def _check_used(self) -> None:
+        """Raise `MoEOptionError` for an option that would not be looked at beside the others."""
+        exchange, by_width = self.mode == "ep", self.mode == "tp" and self.shard == "width"
+        unused = {
+            "shard": exchange,
+            "placement": by_width,
+            "dispatcher": not exchange,
+            "max_tokens_per_rank": not exchange,
+            "exact": not exchange or self.dispatcher != "static",
+        }
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if unused.get(field.name) and value != field.default:
+                shown = value.owned if isinstance(value, ExpertPlacement) else value
+                others = f"mode={self.mode!r}, shard={self.shard!r}, dispatcher={self.dispatcher!r}"
+                raise MoEOptionError.of(
+                    "ParallelConfig",
+                    expected=f"no {field.name} beside {others}",
+                    got=f"{field.name}={shown!r}"[:120],
+                    hint="It would not be looked at: leave it out, or choose what it is for.",
+                )
+
     def check(self, num_experts: int, width: int) -> None:
         """Raise `MoEOptionError` or `MoEParallelError` for options that are unknown or do not fit the experts."""
         for name, known in (("mode", MODES), ("shard", SHARDS), ("dispatcher", DISPATCHERS)):
@@ -85,6 +107,7 @@ class ParallelConfig:
                 raise MoEOptionError.of(
                     "ParallelConfig", expected=f"{name} in {known}", got=repr(value), hint=f"Choose one of {known}."
                 )
+        self._check_used()
         if self.mode == "tp" and self.shard == "width":
             if width < self.size:
                 raise MoEParallelError.of(

@@ -5,11 +5,13 @@ They share one set of row ranges, so a model recompiles at most once per range a
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
 from ..activation import IDENTITY, is_gated
+from ..errors import Reason
 from ..graph.dataflow import arguments, is_op
 from ..ops import DOWN_OPS, UP_OPS
 from ..report import layer_of, record
@@ -56,14 +58,34 @@ def row_range(rows: Any, shapes: tuple[GemmShape, ...], *, device: DeviceSpec) -
     raise AssertionError("the last range is open")
 
 
+def _planned_with(shape: GemmShape, node: torch.fx.Node | None) -> tuple[GemmShape, ...]:
+    """The shapes that the GEMM of a node is planned with, its own among them."""
+    offsets = arguments(node)["offsets"] if node is not None else None
+    shapes = _siblings(offsets) if isinstance(offsets, torch.fx.Node) else ()
+    return shapes if shape in shapes else (shape,)
+
+
+def pointers_reason(rows: Any, shape: GemmShape, *, refused: Reason | None, device: torch.device) -> Reason | None:
+    """`refused`, why no descriptor reads the weight of the node being lowered, if the plan wants one."""
+    if refused is None:
+        return None
+    shapes, spec = _planned_with(shape, _compat.current_fx_node()), device_spec(device.index or 0)
+    could = tuple(dataclasses.replace(other, descriptors=True) for other in shapes)
+    known = _compat.known_size(rows)
+    if known is not None:
+        wanted = exact_schedule(known, could[shapes.index(shape)], device=spec)
+    else:  # at the most rows that this graph is for: no further guard
+        most = row_range(rows, shapes, device=spec).max_rows
+        ranges = plan(could, spec)
+        held = (found for found in ranges if found.max_rows is None or (most is not None and most <= found.max_rows))
+        wanted = next(held).schedules[shapes.index(shape)]
+    return refused if wanted.loop.tma else None
+
+
 def schedule_of(rows: Any, shape: GemmShape, *, device: torch.device) -> tuple[Schedule, int | None]:
     """The schedule for the GEMM of the node being lowered, planned with its siblings, and the most rows it is for."""
     node = _compat.current_fx_node()
-    offsets = arguments(node)["offsets"] if node is not None else None
-    shapes = _siblings(offsets) if isinstance(offsets, torch.fx.Node) else ()
-    if shape not in shapes:
-        shapes = (shape,)
-    spec = device_spec(device.index or 0)
+    shapes, spec = _planned_with(shape, node), device_spec(device.index or 0)
     chosen = row_range(rows, shapes, device=spec)
     if _compat.known_size(rows) is None:
         outcome = "; ".join(map(str, plan(shapes, spec)))

@@ -15,14 +15,14 @@ import torch
 from .. import ops  # noqa: F401  the ops have to exist
 from ..activation import IDENTITY, canonical, intermediate_size
 from ..errors import Reason, ReasonCode
-from ..report import layer_of, record
+from ..report import OWN_KERNEL, layer_of, record
 from ..schedule.device import device_spec
-from ..schedule.schedule import TMA_ALIGNMENT, Schedule, tma_refusal
+from ..schedule.schedule import TMA_ALIGNMENT, GemmShape, Schedule, tma_refusal
 from ..templates.eager import dot_precision, gemm_constants, power_of_two
 from ..templates.render import ExpertGemmVariant, GradWeightVariant
 from . import _compat
 from .early import begins_early, told
-from .gemm_plan import gemm_shape, schedule_of
+from .gemm_plan import gemm_shape, pointers_reason, schedule_of
 
 _OPS = torch.ops.diffulex
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,7 +49,7 @@ def note(op: str, outcome: str, *, reason: Reason | None = None) -> None:
 
 def fallback_noted(op: Any, reason: Reason, *args: Any) -> Any:
     """The op's own kernel, recorded with the reason."""
-    note(op._schema.name.removeprefix("diffulex::"), "the op's own kernel", reason=reason)
+    note(op._schema.name.removeprefix("diffulex::"), OWN_KERNEL, reason=reason)
     return _compat.fallback(op, *args)
 
 
@@ -77,9 +77,8 @@ def _gemm_grid(
 def _tma_refusal(variant: ExpertGemmVariant, operands: dict[str, Any]) -> Reason | None:
     for name in variant.described:
         node = operands[name]
-        _compat.freeze_layout(
-            node
-        )  # what is computed here could still be laid out otherwise than the kernel's text says
+        # what is computed here could still be laid out otherwise than the kernel's text says
+        _compat.freeze_layout(node)
         if not _compat.is_aligned(node, TMA_ALIGNMENT):
             return Reason(ReasonCode.ALIGNMENT, f"{name} is not known to begin at a multiple of {TMA_ALIGNMENT} bytes")
         element_size = node.get_dtype().itemsize
@@ -112,10 +111,15 @@ class SharedTiles:
         return _compat.static_size(self.weights[0].get_size()[1])
 
 
+def _weight_shape(weight: Any, act: str) -> tuple[tuple[int, ...], tuple[int, ...], GemmShape]:
+    """(sizes, strides, the shape of the GEMM) of weights [E, J, H]."""
+    sizes, strides = (tuple(map(_compat.static_size, values)) for values in (weight.get_size(), weight.get_stride()))
+    return sizes, strides, gemm_shape(sizes, strides, act=act, element_size=weight.get_dtype().itemsize)
+
+
 def gemm_schedule(weight: Any, rows: Any, *, act: str) -> tuple[Schedule, int | None]:
     """The schedule of an expert GEMM over `rows` rows of weights [E, J, H], and the most rows its graph is for."""
-    sizes, strides = (tuple(map(_compat.static_size, values)) for values in (weight.get_size(), weight.get_stride()))
-    shape = gemm_shape(sizes, strides, act=act, element_size=weight.get_dtype().itemsize)
+    _, _, shape = _weight_shape(weight, act)
     return schedule_of(rows, shape, device=weight.get_device())
 
 
@@ -138,10 +142,14 @@ def expert_gemm(
     rows = inputs[-2].get_size()[0]
     if schedule is None:
         schedule, _ = gemm_schedule(weight, rows, act=variant.act)
-    num_experts, _, depth = map(_compat.static_size, weight.get_size())
-    reason = _tma_refusal(variant, {"A": inputs[0], "W": weight}) if schedule.loop.tma else None
-    if reason is not None:
-        schedule = schedule.without_tma()
+    sizes, strides, shape = _weight_shape(weight, variant.act)
+    num_experts, _, depth = sizes
+    if schedule.loop.tma:
+        reason = _tma_refusal(variant, {"A": inputs[0], "W": weight})
+        schedule = schedule if reason is None else schedule.without_tma()
+    else:
+        refused = tma_refusal("W", sizes, strides=strides, element_size=shape.element_size)
+        reason = pointers_reason(rows, shape, refused=refused, device=weight.get_device())
     constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
     if schedule.loop.tma:
         constants["PROGRAMS"] = device_spec(weight.get_device().index or 0).num_sms

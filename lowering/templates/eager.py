@@ -5,11 +5,14 @@ The schedule comes from the cost model with the call's own token count; nothing 
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from ..activation import IDENTITY, canonical, intermediate_size, is_gated
-from ..errors import Reason, ReasonCode
+from ..errors import MoEUnsupportedError, Reason, ReasonCode
+from ..report import record
 from ..schedule.device import device_spec
 from ..schedule.plan import schedule_for
 from ..schedule.schedule import TMA_ALIGNMENT, GemmShape, Schedule, tma_refusal
@@ -47,12 +50,15 @@ def _expert_gemm(
     tensors |= {name: tensors[name].contiguous() for name in ("ORDER", "OFFSETS")}  # the text reads them unit by unit
     num_experts, _, depth = weight_EYX.shape
     rows, width = out_NY.shape
-    refused = _tma_refusal(variant, tensors) is not None
     if schedule is None:
-        shape = GemmShape(num_experts, depth, width, is_gated(variant.act), weight_EYX.element_size(), not refused)
-        schedule = schedule_for(rows, shape, device=device_spec(out_NY.device.index or 0))
-    if schedule.loop.tma and refused:
-        schedule = schedule.without_tma()
+        schedule = _planned(variant, tensors)
+    elif schedule.loop.tma and (reason := _tma_refusal(variant, tensors)) is not None:
+        raise MoEUnsupportedError.of(
+            variant.stage,
+            expected=f"operands that tensor descriptors read, as the schedule {schedule} asks for",
+            got=str(reason),
+            hint="Pass schedule.without_tma(), or None to have one planned.",
+        )
     variant = variant.scheduled(schedule, depth=depth)
     constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
     constants["INDEX_DTYPE"] = index_type(out_NY)
@@ -70,7 +76,22 @@ def _expert_gemm(
     )
 
 
+def _planned(variant: ExpertGemmVariant, tensors: dict[str, Tensor]) -> Schedule:
+    """The schedule for these tensors; addresses and strides are looked at where descriptors would read them."""
+    weight_EYX, (rows, width) = tensors["W"], tensors["OUT"].shape
+    device = device_spec(weight_EYX.device.index or 0)
+    num_experts, _, depth = weight_EYX.shape
+    shape = GemmShape(num_experts, depth, width, is_gated(variant.act), weight_EYX.element_size())
+    schedule = schedule_for(rows, shape, device=device)
+    if schedule.loop.tma and (reason := _tma_refusal(variant, tensors)) is not None:
+        schedule = schedule_for(rows, dataclasses.replace(shape, descriptors=False), device=device)
+        record("plan", variant.stage, layer="", outcome="operands by pointers", reason=reason)
+    return schedule
+
+
 def _tma_refusal(variant: ExpertGemmVariant, tensors: dict[str, Tensor]) -> Reason | None:
+    if device_spec(tensors["W"].device.index or 0).capability < (9, 0):
+        return Reason(ReasonCode.CAPABILITY, "tensor descriptors need sm_90 or newer")
     for name in variant.described:
         tensor = tensors[name]
         if tensor.data_ptr() % TMA_ALIGNMENT:

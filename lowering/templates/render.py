@@ -61,10 +61,16 @@ class ExpertGemmVariant:
     loop: Loop = PLAIN
 
     @property
+    def stage(self) -> str:
+        """The op that the kernel is of."""
+        return ("moe_expert_up" if self.gather else "moe_expert_down") + ("_shared" if self.shared else "")
+
+    @property
     def described(self) -> tuple[str, ...]:
         """The operands that come through tensor descriptors where the loop takes them: gathered rows cannot."""
         return ("W",) if self.gather else ("W", "A")
 
+    @functools.cache  # noqa: B019  a few schedules a model, and eager mode asks with every call
     def scheduled(self, schedule: Schedule, *, depth: int) -> ExpertGemmVariant:
         """The variant for a schedule and a reduction width."""
         return dataclasses.replace(self, even_k=depth % schedule.block_k == 0, loop=schedule.loop)
@@ -107,9 +113,8 @@ class ExpertGemmVariant:
 
     @functools.cache  # noqa: B019  a few variants a model
     def _name(self) -> str:
-        stage = ("moe_expert_up" if self.gather else "moe_expert_down") + ("_shared" if self.shared else "")
         fields = dataclasses.replace(self, act=canonical(self.act))
-        return f"{stage}_{hashlib.sha256(repr(fields).encode()).hexdigest()[:8]}"
+        return f"{self.stage}_{hashlib.sha256(repr(fields).encode()).hexdigest()[:8]}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 import diffulex
 from diffulex.explanation import LayerReport, Report, find_experts, make_report
 from lowering.errors import Reason, ReasonCode
-from lowering.report import Decision
+from lowering.report import OWN_KERNEL, Decision
 from tests.support.experts import make_case
 from tests.support.inputs import FORMS
 
@@ -205,10 +205,18 @@ def test_generated_kernels():
 
 
 def test_one_stage_with_its_own_kernel():
-    refused = dataclasses.replace(DOWN, outcome="own", reason=Reason(ReasonCode.DTYPE, "torch.float64"))
+    refused = dataclasses.replace(DOWN, outcome=OWN_KERNEL, reason=Reason(ReasonCode.DTYPE, "torch.float64"))
     layer = report_of([UP, refused])
     assert (layer.captured, layer.backend) == (True, "the ops' own kernels")
-    assert "moe_expert_down own (DTYPE: torch.float64)" in layer.kernels
+    assert "moe_expert_down the op's own kernel (DTYPE: torch.float64)" in layer.kernels
+
+
+def test_a_generated_kernel_that_is_not_the_planned_one():
+    """It is generated all the same, and the reason is shown."""
+    pointers = dataclasses.replace(DOWN, reason=Reason(ReasonCode.LAYOUT, "rows of W are not consecutive"))
+    layer = report_of([UP, pointers])
+    assert (layer.captured, layer.backend) == (True, "generated Triton")
+    assert "moe_expert_down triton down (LAYOUT: rows of W are not consecutive)" in layer.kernels
 
 
 @pytest.mark.parametrize("missing", [UP, DOWN])
@@ -304,11 +312,11 @@ def test_routers_belong_to_the_nearest_experts(layer, owner):
 
 def test_every_decision_counts():
     """A stage that was refused in one graph and not in the next is no generated layer."""
-    refused = dataclasses.replace(UP, outcome="own", reason=Reason(ReasonCode.SHAPE, "graph 1"))
+    refused = dataclasses.replace(UP, outcome=OWN_KERNEL, reason=Reason(ReasonCode.SHAPE, "graph 1"))
     layer = report_of([refused, DOWN, UP, DOWN])
     assert layer.backend == "the ops' own kernels"
     assert layer.kernels == (
-        "moe_expert_up   own (SHAPE: graph 1)",
+        "moe_expert_up   the op's own kernel (SHAPE: graph 1)",
         "moe_expert_up   triton up",
         "moe_expert_down triton down",
     )

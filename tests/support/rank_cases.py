@@ -190,6 +190,19 @@ def make_mismatched(rank: int, cases: tuple[Case, ...]) -> str:
     return "no error"
 
 
+def make_on_devices(rank: int, case: Case, devices: tuple[str, ...]) -> str:
+    """The error of a layer that every rank makes on another device, or the device of its experts."""
+    from lowering.errors import MoEParallelError
+
+    parallel = ParallelConfig(mesh_of(len(devices)), dim="ep", **dict(case.options))
+    kind = EPFusedMoE if case.mode == "ep" else TPFusedMoE
+    try:
+        with torch.device(devices[rank]):
+            return kind(case.spec, parallel=parallel).w13.device.type
+    except MoEParallelError as error:
+        return str(error)
+
+
 def make_fresh(rank: int, case: Case, size: int) -> dict[str, Tensor]:
     """The parameters of a new layer, drawn with a seed of the rank's own."""
     torch.manual_seed(rank)

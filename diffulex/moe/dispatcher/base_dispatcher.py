@@ -23,16 +23,18 @@ M = TypeVar("M")
 class ExchangePlan:
     """What a dispatcher is made for.
 
-    parallel     the group, capacity and exactness
-    num_experts  E of the model
-    top_k        K of every call
-    max_tokens   most tokens of one call, None for any number
+    parallel        the group, capacity and exactness
+    num_experts     E of the model
+    top_k           K of every call
+    max_tokens      most tokens of one call, None for any number
+    rows_per_token  what the caller makes of a token before `dispatch`: more than one where slots travel as tokens
     """
 
     parallel: ParallelConfig
     num_experts: int
     top_k: int
     max_tokens: int | None = None
+    rows_per_token: int = 1
 
     @property
     def placement(self) -> ExpertPlacement:
@@ -143,12 +145,12 @@ class TokenDispatcher(ABC, Generic[M]):
         check_float(where, "weights", weights_TK)
         for name, tensor in (("hidden", hidden_TH), ("ids", ids_TK), ("weights", weights_TK)):
             self._check_device(where, name, tensor)
-        most = self.plan.max_tokens
+        most, per_token = self.plan.max_tokens, self.plan.rows_per_token
         if most is not None and tokens > most:
             raise MoERangeError.of(
                 where,
-                expected=f"at most {most} tokens",
-                got=str(tokens),
+                expected=f"at most {most // per_token} tokens",
+                got=str(tokens // per_token),
                 hint="No token is ever dropped: raise max_tokens_per_rank on all ranks, or split the batch.",
             )
 

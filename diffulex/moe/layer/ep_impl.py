@@ -51,5 +51,5 @@ def _plan(spec: MoESpec, parallel: ParallelConfig) -> ExchangePlan:
     """Weighted inputs differ from slot to slot, so slots travel as tokens of one expert."""
     num_experts, top_k, most = spec.experts.num_experts, spec.routing.top_k, parallel.max_tokens_per_rank
     if spec.routing.apply_weight_on == "input":
-        return ExchangePlan(parallel, num_experts, 1, None if most is None else most * top_k)
+        return ExchangePlan(parallel, num_experts, 1, None if most is None else most * top_k, rows_per_token=top_k)
     return ExchangePlan(parallel, num_experts, top_k, most)

@@ -49,6 +49,7 @@ class ShardedFusedMoE(FusedMoE):
         fields = flat_fields(spec) | {name: text for name, text in flat_fields(options).items() if name != "mesh"}
         fields |= {"layer": type(self).__name__, "dtype": str(dtype or torch.get_default_dtype())}
         fields |= {"placement": str(parallel.placement and parallel.placement.owned)}
+        fields |= {"device": torch.empty(0, device=device).device.type}  # what is on meta is not given out
         check_agreement(
             type(self).__name__, parallel.group, fields=fields, problem=None if problem is None else str(problem)
         )

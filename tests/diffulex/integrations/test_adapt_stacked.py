@@ -124,13 +124,15 @@ def test_weights_follow_their_parameters(kind):
 def test_gradients_are_those_of_the_parameters():
     """Several times, into gradients that are there, and second ones."""
     experts, stock = pair()
-    args = inputs()
+    exact = copy.deepcopy(stock).double()
+    hidden, _, weights = inputs()
     everywhere = torch.arange(18).view(9, 2) % 6  # experts without tokens have zeros here and None there
     for _ in range(2):
-        for module in (experts, stock):
-            module(args[0], everywhere, args[2]).square().sum().backward()
-    for mine, own in zip(experts.parameters(), stock.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, own.grad, rtol=1e-4, atol=1e-4)
+        for module, dtype in ((experts, torch.float32), (stock, torch.float32), (exact, torch.float64)):
+            module(hidden.to(dtype), everywhere, weights.to(dtype)).square().sum().backward()
+    kinds = (module.named_parameters() for module in (experts, stock, exact))
+    for (name, mine), (_, own), (_, oracle) in zip(*kinds, strict=True):
+        assert_oracle_ratio(mine.grad, own.grad, oracle.grad, what=name)
         assert mine.grad.is_contiguous()
 
 

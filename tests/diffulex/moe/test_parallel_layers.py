@@ -294,6 +294,26 @@ def test_what_differs_is_named_on_every_rank(ranks, others, text):
     assert ranks.run(rank_cases.make_mismatched, (BASE,) * RANKS) == ["no error"] * RANKS
 
 
+@pytest.mark.parametrize("how", ["naive", *SPLITS])
+def test_ranks_without_values_are_named(pair, how):
+    """A rank on the meta device has nothing to give out, and the others would wait for it."""
+    case = Case(SPECS["qwen3"], (), options={**EXCHANGES, **SPLITS}[how])
+    for devices in (("cpu", "meta"), ("meta", "cpu")):
+        for message in pair.run(rank_cases.make_on_devices, case, devices):
+            assert f"device {devices[0]} on rank 0, {devices[1]} on rank 1" in message
+    for device in ("meta", "cpu"):
+        assert pair.run(rank_cases.make_on_devices, case, (device, device)) == [device, device]
+
+
+def test_tokens_of_weighted_inputs_are_counted_as_tokens(pair):
+    """They travel slot by slot."""
+    case = Case(SPECS["weight_on_input"], (9, 4), options=STATIC)
+    pair.run(rank_cases.run_experts, case, 2)
+    case = dataclasses.replace(case, tokens=(10, 10))
+    with pytest.raises(RankError, match=r"at most 9 tokens, got 10\."):
+        pair.run(rank_cases.run_experts, case, 2)
+
+
 @pytest.mark.parametrize(
     ("spec", "options", "text"),
     [

@@ -9,6 +9,7 @@ from lowering.inductor.offline import compile_kernels, offline_source
 from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
 from lowering.schedule.schedule import Loop, Schedule
+from tests.support.blocks import Block
 from tests.support.inputs import BlockForm, make_block
 from tests.support.interpreter import interpreter
 from tests.support.oracle import assert_oracle_ratio
@@ -78,6 +79,38 @@ def test_what_descriptors_do_not_take_is_recorded(form, code, monkeypatch):
     for stage in ("moe_expert_up", "moe_expert_down"):
         assert decisions[stage].reason.code is code
         assert "make_tensor_descriptor" not in source.kernel(stage).function
+
+
+WIDE = BlockForm(tokens=4096, top_k=4, experts=8, hidden=1024, width=512, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("form", "code", "dynamic"),
+    [
+        (WIDE, None, True),
+        (WIDE.replace(transposed=True), ReasonCode.LAYOUT, False),
+        (WIDE.replace(transposed=True), ReasonCode.LAYOUT, True),
+        (WIDE.replace(hidden=1020, width=508), ReasonCode.ALIGNMENT, False),
+        (WIDE.replace(tokens=2, transposed=True), None, False),  # so few rows want none
+        (WIDE.replace(tokens=2, transposed=True), None, True),
+        (WIDE.replace(dtype=torch.float32, transposed=True), None, False),
+    ],
+)
+def test_weights_that_no_descriptor_reads_are_recorded_where_the_plan_wanted_one(form, code, dynamic):
+    register_lowerings()
+    torch._dynamo.reset()
+    function = Block(form)
+    inputs = function.inputs()
+    for tensor in inputs[:3] if dynamic else []:
+        torch._dynamo.mark_dynamic(tensor, 0)
+    with collect() as decisions:
+        source = offline_source(function, inputs)
+    for stage in ("moe_expert_up", "moe_expert_down"):
+        (found,) = (d for d in decisions if d.stage == "lower" and d.subject == stage)
+        assert (found.reason and found.reason.code) == code
+        assert found.outcome.startswith("triton") and found.kernel_refusal is None
+        if code:
+            assert "make_tensor_descriptor" not in source.kernel(stage).function
 
 
 def test_strides_are_those_the_kernel_is_written_for(monkeypatch):

@@ -1,6 +1,7 @@
 """The kernels of the ops in eager mode, run by Triton's interpreter on CPU tensors, against the oracles."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -10,13 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowering.activation import IDENTITY
+from lowering.errors import MoEUnsupportedError, ReasonCode
 from lowering.reference.moe_expert_down import moe_expert_down_reference
 from lowering.reference.moe_expert_grad_weight import moe_expert_grad_weight_reference
 from lowering.reference.moe_expert_up import moe_expert_up_reference
+from lowering.report import collect
 from lowering.schedule.device import H100
 from lowering.schedule.plan import schedule_for
 from lowering.schedule.schedule import GemmShape, Loop, Schedule
 from lowering.templates import eager, standalone
+from tests.support.catalogue import raises_catalogue
 from tests.support.inputs import FORMS, WIDE, WIDE_FORMS, cast, down_args, grad_weight_args, sort_slots, up_args
 from tests.support.launches import interpret
 from tests.support.oracle import assert_oracle_ratio
@@ -112,13 +116,11 @@ class SourceWatch:
         monkeypatch.setattr(standalone, "launch", watched)
 
 
-@pytest.mark.parametrize("schedule", MANY[:2], ids=str)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_forms_with_many_rows(form, schedule, few_sms):
-    """Forms as they are: most have rows that no descriptor takes, so pointers stand in for it."""
+def test_forms_with_many_rows(form, few_sms):
     form = form.replace(dtype=torch.float32)
-    check(up, up_reference, up_args(form), schedule=schedule)
-    check(down, down_reference, down_args(form), schedule=schedule)
+    check(up, up_reference, up_args(form), schedule=MANY[0])
+    check(down, down_reference, down_args(form), schedule=MANY[0])
 
 
 @pytest.mark.parametrize("schedule", MANY[1:], ids=str)
@@ -178,16 +180,59 @@ def test_nan_stays_in_its_rows_with_many_rows(schedule, few_sms):
     assert out.isnan().sum() == out.shape[1]
 
 
-@pytest.mark.parametrize("change", ["depth", "columns", "offset"])
-def test_what_descriptors_do_not_take_comes_by_pointers(change, few_sms):
+REFUSED = {
+    "depth": (ReasonCode.ALIGNMENT, "strides (2016, 42, 1) of W"),
+    "columns": (ReasonCode.LAYOUT, "rows of W are not consecutive"),
+    "offset": (ReasonCode.ALIGNMENT, "A does not begin at a multiple of 16 bytes"),
+}
+
+
+def refused_args(change):
     """Rows of 168 bytes, weights stored column by column, an operand that begins in between."""
     form = ALIGNED.replace(dtype=torch.float32, transposed=change == "columns", width=42 if change == "depth" else 40)
-    act, w2, b2, order, offsets = down_args(form)
+    act, *rest = down_args(form)
     if change == "offset":
         act = torch.cat((torch.zeros(1), act.reshape(-1)))[1:].reshape(act.shape)
-    check(down, down_reference, (act, w2, b2, order, offsets), schedule=MANY[1])
+    return act, *rest
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_what_descriptors_do_not_take_comes_by_pointers(change, few_sms, monkeypatch):
+    """As the plan says then, and with the reason."""
+    plan = {True: MANY[1], False: MANY[0]}
+    monkeypatch.setattr(eager, "schedule_for", lambda rows, shape, device: plan[shape.descriptors])
+    args = refused_args(change)
+    with collect() as decisions:
+        check(functools.partial(down, schedule=None), down_reference, args)
     assert not any("w_desc" in text for text in few_sms.texts)
     assert all("GROUP_M" in text for text in few_sms.texts)
+    (found,) = decisions
+    code, detail = REFUSED[change]
+    assert (found.subject, found.reason.code) == ("moe_expert_down", code)
+    assert detail in found.reason.detail
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_descriptors_that_were_asked_for_are_refused(change, few_sms):
+    """An explicit schedule is never another one."""
+    with raises_catalogue(MoEUnsupportedError, where="moe_expert_down", got=REFUSED[change][1]):
+        down(*refused_args(change), schedule=MANY[1])
+    down(*refused_args(change), schedule=MANY[1].without_tma())
+
+
+def test_devices_without_descriptors_refuse_them(few_sms, monkeypatch):
+    monkeypatch.setattr(Few, "capability", (8, 0))
+    with raises_catalogue(MoEUnsupportedError, where="moe_expert_down", got="need sm_90"):
+        down(*down_args(ALIGNED.replace(dtype=torch.float32)), schedule=MANY[1])
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((8, 0), torch.float16), ((9, 0), torch.float32)], ids=str)
+def test_layouts_are_looked_at_where_descriptors_could_be_chosen(capability, dtype, monkeypatch):
+    launches = Launches(monkeypatch, dataclasses.replace(H100, capability=capability))
+    monkeypatch.setattr(eager, "tma_refusal", lambda *args, **options: pytest.fail("looked at"))
+    with collect() as decisions:
+        eager.moe_expert_down(*down_args(ALIGNED.replace(tokens=5000, dtype=dtype)))
+    assert len(launches.calls) == 1 and not decisions
 
 
 @pytest.mark.parametrize("act", [IDENTITY, "u", "swiglu", "geglu_tanh", "min(max(g, -0.5), 0.5) * u", "relu2"])
@@ -267,12 +312,12 @@ def test_grad_weight_of_a_bias():
 class Launches:
     """What `standalone.launch` was asked for."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, device=H100):
         self.calls = []
         monkeypatch.setattr(
             standalone, "launch", lambda text, _, **options: self.calls.append(options | {"text": text})
         )
-        monkeypatch.setattr(eager, "device_spec", lambda index: H100)
+        monkeypatch.setattr(eager, "device_spec", lambda index: device)
 
 
 @pytest.mark.parametrize("tokens", [1, 100, 5000])
