@@ -29,7 +29,7 @@ def generated(options, fn=block, tokens=16, schedule=FEW):
     torch._dynamo.reset()
     inputs = [tensor.bfloat16() for tensor in block_inputs(tokens, 0)]
     with pytest.MonkeyPatch.context() as patch, collect() as decisions:
-        patch.setattr(lowerings, "schedule_of", lambda rows, shape, device: schedule)
+        patch.setattr(lowerings, "schedule_of", lambda rows, shape, device: (schedule, None))
         code = offline_source(fn, inputs, options=options)
     return code, [decision.outcome for decision in decisions if decision.stage == "lower"]
 
