@@ -24,7 +24,7 @@ from ..errors import Reason, ReasonCode
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-_COPIES = (aten.clone, aten.alias, aten.detach, aten.contiguous)
+COPIES = (aten.clone, aten.alias, aten.detach, aten.contiguous)
 VIEWS = (aten.view, aten.reshape, aten._unsafe_view, aten.unsqueeze, aten.squeeze, aten.flatten)
 _CASTS = (prims.convert_element_type, aten._to_copy, aten.to)
 _CONSTANTS = {aten.zeros: 0, aten.zeros_like: 0, aten.ones: 1, aten.ones_like: 1}
@@ -132,7 +132,7 @@ def cast_source(node: Any) -> Node | None:
 
 def peel_copies(node: Any) -> Any:
     """The value behind clones, aliases, detaches and views that keep the shape."""
-    while is_op(node, *_COPIES, *VIEWS, aten.expand):
+    while is_op(node, *COPIES, *VIEWS, aten.expand):
         source: Any = node.args[0]
         if not has_shape(node, tensor_of(source).shape):
             break
@@ -210,7 +210,7 @@ def _same(left: Any, right: Any, depth: int) -> bool:
         return type(left) is type(right) and bool(left == right)
     if left is right:
         return True
-    if depth == 0 or left.op != "call_function" or left.target != right.target or not _is_pure(left):
+    if depth == 0 or left.op != "call_function" or left.target != right.target or not is_pure(left):
         return False
     if left.kwargs.keys() != right.kwargs.keys() or len(left.args) != len(right.args):
         return False
@@ -218,7 +218,7 @@ def _same(left: Any, right: Any, depth: int) -> bool:
     return all(_same(a, b, depth - 1) for a, b in pairs)
 
 
-def _is_pure(node: Node) -> bool:
+def is_pure(node: Node) -> bool:
     """Whether two calls with the same arguments give the same value."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return node.target is operator.getitem

@@ -8,6 +8,7 @@ are, and only on CUDA: elsewhere the stages would be taken apart again.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
 import heapq
@@ -19,9 +20,10 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import ops  # noqa: F401  (registers the ops that are looked up below)
-from ..activation import IDENTITY, canonical, is_gated
+from ..activation import IDENTITY, is_gated
 from ..errors import Reason, ReasonCode
 from .dataflow import (
+    COPIES,
     VIEWS,
     MatchError,
     ancestors,
@@ -31,6 +33,7 @@ from .dataflow import (
     has_shape,
     insert_call,
     is_op,
+    is_pure,
     peel_copies,
     peel_views,
     require,
@@ -54,17 +57,22 @@ class SharedExpertRecord:
 
 def shared_expert_pass(graph: Graph, *, record: Callable[[SharedExpertRecord], None] | None = None) -> Graph:
     """Rewrite every MLP over the rows of an up stage; tell `record` about each MLP that was looked at."""
-    for up in [node for node in graph.nodes if is_op(node, moe.moe_expert_up)]:
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    taken = False
+    for up in [node for node in order if is_op(node, moe.moe_expert_up)]:
         for mlp in list(_mlps_beside(up)):
             try:
-                mlp.take(graph)
-                found = SharedExpertRecord(up, mlp.down)
+                mlp.take(graph, order)
+                found, taken = SharedExpertRecord(up, mlp.down), True
             except MatchError as error:
                 found = SharedExpertRecord(up, mlp.down, error.reason)
             if record is not None:
                 record(found)
             if found.reason is None:
                 break  # the stages hold one shared expert
+    if taken:  # once: both look at the whole graph
+        _sort(graph)
+        graph.eliminate_dead_code()
     return graph
 
 
@@ -79,7 +87,7 @@ def _products_of(root: Node) -> Iterator[Node]:
     waiting = [root]
     while waiting:
         for user in waiting.pop().users:
-            if is_op(user, *VIEWS):
+            if is_op(user, *VIEWS, *COPIES):
                 waiting.append(user)
             elif is_op(user, *_PRODUCTS) and _left(user) is root:
                 yield user
@@ -102,7 +110,7 @@ def _mlps_beside(up: Node) -> Iterator[_Mlp]:
                     elif user not in seen and FormulaReader.reads(user):
                         seen.add(user)
                         waiting.append(user)
-        for down in found:
+        for down in (down for down in found if down.users):
             with contextlib.suppress(_NoMlpError):
                 yield _Mlp(up, down, root)
 
@@ -127,18 +135,18 @@ class _Mlp:
             self.text = self.reader.text(self.result)
         except MatchError as error:
             raise _NoMlpError from error
-        if not self.leaves:
+        if self.text in ("g", "u") or not self.leaves:  # nothing between two products, or no first one
             raise _NoMlpError
 
-    def take(self, graph: Graph) -> None:
-        """Rewrite; raises `MatchError` before anything is changed."""
-        act = canonical(self.given["act"])
+    def take(self, graph: Graph, order: dict[Node, int]) -> None:
+        """Rewrite, but for the order of the nodes; raises `MatchError` before anything is changed."""
+        act = simplified_formula(self.given["act"])
         require(tensor_of(self.up).device.type == "cuda", "not a CUDA device", code=ReasonCode.NOT_CUDA)
         require(act != IDENTITY, "the activation of the experts is not folded", code=ReasonCode.NOT_POINTWISE)
         routed_down = self._routed_down()
         biased = [product for product in (*self.leaves, self.down) if is_op(product, aten.addmm)]
         require(not biased, "it has biases", code=ReasonCode.OPTION)
-        formula = simplified_formula(self.text)
+        formula = self._formula(act)
         require(formula == act, f"its activation {formula} is not the experts' {act}", code=ReasonCode.OPTION)
         weights = self._weights(gated=is_gated(act))
         tokens, width = tensor_of(self.given["hidden"]).shape[0], tensor_of(weights[1]).shape[0]
@@ -146,6 +154,7 @@ class _Mlp:
         width = width // 2 if self.layouts else width
         require(has_shape(self.result, [tokens, width]), "the activation changes the shape")
         self.reader.require_private(self.result, *self.leaves)
+        require(list(self.result.users) == [self.down], "its activation is read elsewhere", code=ReasonCode.SHARED_USE)
         last = _transposed(self.down.args[1])
         require(last is not None, f"the last product is by {describe(self.down.args[1])}, no transposed weight")
         dtypes = {tensor_of(node).dtype for node in (*weights, last, self.up, self.down)}  # type: ignore[arg-type]
@@ -155,7 +164,31 @@ class _Mlp:
             routed_down, stop=lambda node: node is self.root
         )  # what is behind the root is no part of own
         require(own.isdisjoint(before), "the experts depend on it", code=ReasonCode.SHARED_USE)
+        matrices: list[Any] = [*weights[1:], last]
+        behind = {source for node in matrices for source in ancestors(node, stop=lambda _: False)}
+        require(self.root not in behind, "its weights depend on the tokens", code=ReasonCode.SHARED_USE)
+        self._require_movable(order, routed_down, weights, last)
         self._insert(graph, routed_down, weights, last)
+
+    def _formula(self, act: str) -> str:
+        """The activation; `act` where the other naming of two products, or the other order of factors, makes it so."""
+        formula = simplified_formula(self.text)
+        if act not in (formula, _commuted(formula)) and len(self.leaves) == 2:
+            self.leaves = dict(zip(self.leaves, reversed(self.leaves.values()), strict=True))
+            self.reader = FormulaReader(self._leaf, views=True)
+            formula = simplified_formula(self.reader.text(self.result))
+        return act if act == _commuted(formula) else formula
+
+    def _require_movable(
+        self, order: dict[Node, int], routed_down: Node, weights: tuple[Node, ...], last: Node | None
+    ) -> None:
+        """What stands between the first and the last node of both paths changes places: all of it has to be pure."""
+        ends = [
+            order[node] for node in (self.up, routed_down, self.down, *self.leaves, *weights, last) if node in order
+        ]
+        between = list(order)[min(ends) : max(ends)]
+        impure = [node for node in between if node.op != "placeholder" and not _may_move(node)]
+        require(not impure, f"{[describe(node) for node in impure]} would change places", code=ReasonCode.SHARED_USE)
 
     def _routed_down(self) -> Node:
         users = list(self.up.users)
@@ -222,8 +255,18 @@ class _Mlp:
             slots, out = _pair(graph, moe.moe_expert_down_shared.default, args, routed_down)
         routed_down.replace_all_uses_with(slots)
         self.down.replace_all_uses_with(out)
-        _sort(graph)
-        graph.eliminate_dead_code()
+
+
+def _commuted(formula: str) -> str:
+    """The formula with the factors of its last product in the other order: the same value, bit by bit."""
+    tree = ast.parse(formula, mode="eval").body
+    if not isinstance(tree, ast.BinOp) or not isinstance(tree.op, ast.Mult):
+        return formula
+    return simplified_formula(ast.unparse(ast.BinOp(tree.right, ast.Mult(), tree.left)))
+
+
+def _may_move(node: Node) -> bool:
+    return is_pure(node) if isinstance(node.target, torch._ops.OpOverload) else not node.is_impure()
 
 
 def _transposed(operand: Any) -> Node | None:
@@ -247,11 +290,13 @@ def _sort(graph: Graph) -> None:
     ready = [(index, node) for node, index in place.items() if not missing[node]]
     heapq.heapify(ready)
     last = graph._root
+    placed = 0
     while ready:
         _, node = heapq.heappop(ready)
         last.append(node)
-        last = node
+        last, placed = node, placed + 1
         for user in node.users:
             missing[user] -= 1
             if not missing[user]:
                 heapq.heappush(ready, (place[user], user))
+    assert placed == len(place), "a cycle"

@@ -48,6 +48,7 @@ __all__ = [
     "is_aligned",
     "known_size",
     "known_stride",
+    "knows_launches",
     "lowerings",
     "realize_inputs",
     "register_lowering",
@@ -173,9 +174,14 @@ def begin_early(graph: Any) -> None:
     template mutates, memory that is used again under another name, and kernels that read nothing; and a template that
     lets its dependents go early makes this matter. In `graph` they wait ahead of all else instead.
     """
-    if all(hasattr(TritonKernel, name) for name in (*_LAUNCH_METHODS, "GDC_WAIT", "GDC_LAUNCH")):
+    if knows_launches():
         _wait_first()
         _early_graphs.add(graph)
+
+
+def knows_launches() -> bool:
+    """Whether this Inductor has the methods that `begin_early` replaces."""
+    return all(hasattr(TritonKernel, name) for name in (*_LAUNCH_METHODS, "GDC_WAIT", "GDC_LAUNCH"))
 
 
 def generated_begin_early(graph: Any) -> bool:

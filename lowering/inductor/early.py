@@ -10,14 +10,17 @@ any return. What is before the wait is index arithmetic. From this follows:
   So a wait for the last one is a wait for all, whoever wrote a buffer.
 - Kernels without the attribute (cuBLAS, torch's own, memory copies) begin when everything before them has ended.
 
-The kernels that Inductor generates in such a graph do the same, by `_compat.begin_early`.
+All this takes that whatever begins early in the stream waits. The kernels that Inductor generates in such a graph do,
+by `_compat.begin_early`. Under `enable_pdl` alone they would not always: where `_compat` does not know an Inductor's
+methods, nothing of ours begins early there.
 
 Weights are read after the wait, too: in a graph with an optimizer step the kernel before may have written them. Reading
 them ahead would be right where they are inputs of an inference graph and nothing in it writes to them.
 
 Inductor's C++ launcher knows no launch attributes, so such kernels are launched from Python. A CUDA graph pays for that
-once; without one only those begin early who asked for it by `torch._inductor.config.triton.enable_pdl`. Both settings
-are in the keys of Inductor's caches.
+once; a graph of which Inductor then makes none (it changes its inputs, say) pays at every call. Without CUDA graphs
+only those begin early who asked for it by `torch._inductor.config.triton.enable_pdl`. Both settings are in the keys of
+Inductor's caches.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ _CAPABILITY = (9, 0)
 def begins_early(device: torch.device) -> bool:
     """Whether our kernels of the graph being lowered begin early on `device`, a CUDA device."""
     triton = _compat.config.triton
-    wanted = triton.cudagraphs or triton.enable_pdl
+    wanted = _compat.knows_launches() if triton.enable_pdl else triton.cudagraphs
     return wanted and torch.version.hip is None and torch.cuda.get_device_capability(device) >= _CAPABILITY
 
 

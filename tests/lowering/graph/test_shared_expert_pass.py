@@ -11,6 +11,7 @@ from torch.nn.functional import gelu, linear, silu
 
 from lowering import ops
 from lowering.errors import ReasonCode
+from lowering.graph import shared_expert_pass as module_of_the_pass
 from lowering.graph.shared_expert_pass import shared_expert_pass
 from tests.support.graphs import applied, calls
 
@@ -39,6 +40,40 @@ def three_dimensional(x_TH, ids_TK, p):
     return shared_BLH + experts(x_BLH.view(-1, H), ids_TK, p).view(x_BLH.shape)
 
 
+def leaking(x_TH, ids_TK, p):
+    act = silu(linear(x_TH, p["gate"])) * linear(x_TH, p["up"])
+    return experts(x_TH, ids_TK, p) + linear(act, p["down"]), act
+
+
+def cycle(x_TH, ids_TK, p):
+    """A weight of the MLP is computed from what the experts give."""
+    out = experts(x_TH, ids_TK, p)
+    return out + mlp(x_TH, {**p, "down": p["down"] * out.mean()})
+
+
+def impure(x_TH, ids_TK, p):
+    """Two draws, one on each path: their order is what a seed means."""
+    noise = torch.rand_like(x_TH)
+    shared = mlp(x_TH, p) * torch.rand_like(x_TH)
+    return shared + experts(x_TH, ids_TK, p) * noise
+
+
+def interleaved(x, ids, p):
+    pre = linear(x, p["gate_up"])
+    gate, up = (torch.ops.aten.slice.Tensor(pre, 1, start, 2 * SHARED, 2) for start in range(2))
+    return experts(x, ids, p) + linear(silu(gate) * up, p["down"])
+
+
+def other_dtype(x, ids, p):
+    act = silu(linear(x, p["gate"])) * linear(x, p["up"])
+    return experts(x, ids, p) + linear(act.to(torch.float16), p["down"].to(torch.float16))
+
+
+def other_rows(x, ids, p):
+    narrow = {"gate": p["narrow"], "up": p["narrow"], "down": p["down"]}
+    return experts(x, ids, p) + mlp(x.view(2 * T, H // 2), narrow).view(T, 2, H).sum(1)
+
+
 def escaping(x_TH, ids_TK, p):
     gate = linear(x_TH, p["gate"])
     out = experts(x_TH, ids_TK, p) + linear(silu(gate) * linear(x_TH, p["up"]), p["down"])
@@ -56,6 +91,11 @@ TAKEN = {
     "before": lambda x, ids, p: mlp(x, p) + experts(x, ids, p),
     "merged": lambda x, ids, p: experts(x, ids, p) + merged(x, p),
     "three_dimensional": three_dimensional,
+    "up_first": lambda x, ids, p: (
+        experts(x, ids, p) + linear(linear(x, p["up"]) * silu(linear(x, p["gate"])), p["down"])
+    ),
+    "copied": lambda x, ids, p: experts(x, ids, p) + mlp(x.clone(), p),
+    "spelled_out": lambda x, ids, p: experts(x, ids, p, "g * sigmoid(g) * u") + mlp(x, p),
     "projected": lambda x, ids, p: experts(linear(x, p["square"]), ids, p) + mlp(x, p),
 }
 LEFT = {
@@ -70,6 +110,12 @@ LEFT = {
         ReasonCode.OPTION,
     ),
     "escaping": (escaping, ReasonCode.SHARED_USE),
+    "leaking": (leaking, ReasonCode.SHARED_USE),
+    "cycle": (cycle, ReasonCode.SHARED_USE),
+    "impure": (impure, ReasonCode.SHARED_USE),
+    "interleaved": (interleaved, ReasonCode.STRUCTURE),
+    "other_dtype": (other_dtype, ReasonCode.DTYPE),
+    "other_rows": (other_rows, ReasonCode.STRUCTURE),
     "depending": (depending, ReasonCode.SHARED_USE),
     "not_folded": (
         lambda x, ids, p: experts(x, ids, {**p, "w13": p["w1"]}, "identity") + mlp(x, p),
@@ -82,7 +128,8 @@ LEFT = {
 }
 NOTHING = {
     "no_mlp": lambda x, ids, p: experts(x, ids, p) + x,
-    "other_rows": lambda x, ids, p: experts(x, ids, p) + mlp(x + 1, p),
+    "other_values": lambda x, ids, p: experts(x, ids, p) + mlp(x + 1, p),
+    "low_rank": lambda x, ids, p: experts(x, ids, p) + linear(linear(x, p["gate"]), p["down"]),
     "a_norm_between": lambda x, ids, p: (
         experts(x, ids, p) + linear(torch.rms_norm(linear(x, p["gate"]), (SHARED,)), p["down"])
     ),
@@ -103,6 +150,7 @@ def inputs(device="cpu", dtype=torch.float32):
         "down_t": (SHARED, H),
         "shared_gate": (1, H),
         "square": (H, H),
+        "narrow": (SHARED, H // 2),
         "bias": (SHARED,),
     }
     torch.manual_seed(0)
@@ -121,6 +169,7 @@ def traced(function, device="cuda"):
             decomposition_table=select_decomp_table(),
         )
         module = tracer(x_TH, ids_TK, *values.values())
+    module.graph.eliminate_dead_code()  # what decompositions leave behind
     found = []
     module = applied(lambda graph: shared_expert_pass(graph, record=found.append), module)
     return module, found
@@ -178,3 +227,21 @@ def test_two_layers():
     module, found = traced(function)
     assert [record.reason for record in found] == [None, None]
     assert not calls(module.graph, torch.ops.aten.mm.default)
+
+
+def test_the_cost_grows_with_the_graph_and_not_with_its_square():
+    """Whole-graph work is done once a pass, not once a layer."""
+    seen = []
+
+    def function(x, ids, p):
+        for _ in range(4):
+            x = experts(x, ids, p) + mlp(x, p)
+        return x
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            module_of_the_pass, "_sort", lambda graph, sort=module_of_the_pass._sort: seen.append(sort(graph))
+        )
+        _, found = traced(function)
+    assert [record.reason for record in found] == [None] * 4
+    assert len(seen) == 1

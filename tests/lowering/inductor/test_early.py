@@ -177,6 +177,19 @@ def test_a_cache_serves_each_configuration_its_own():
         assert outcomes() == [(0, 1)] * 3
 
 
+def test_an_inductor_that_is_not_known(monkeypatch):
+    """Its own placement would read, ahead of the wait, what a kernel of ours that let it go still writes."""
+    from lowering.inductor import _compat
+
+    monkeypatch.setattr(_compat, "_LAUNCH_METHODS", (*_compat._LAUNCH_METHODS, "renamed"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    device = torch.device("cuda", 0)
+    with _compat.config.patch(ASKED):
+        assert not early.begins_early(device)
+    with _compat.config.patch(GRAPHS):
+        assert early.begins_early(device)
+
+
 def test_when():
     from torch._inductor import config
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from torch.nn.functional import silu
 
 import diffulex  # noqa: F401  the pass that finds shared experts
 from lowering.errors import ReasonCode
-from lowering.inductor import shared_lowerings
+from lowering.inductor import lowerings, shared_lowerings
 from lowering.inductor.offline import compile_kernels, offline_source
 from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
+from lowering.schedule.schedule import Loop, Schedule
 from tests.support.interpreter import interpreter
 from tests.support.oracle import assert_oracle_ratio
 
@@ -153,6 +155,59 @@ def test_what_cannot_be_read_alike_stands_beside():
     assert [(stage, reason.code) for stage, reason in reasons.items()] == [("up", ReasonCode.LAYOUT)]
     assert len(found.extern_calls) == 2
     check(found, block, tensors)
+
+
+def test_gate_and_up_are_read_by_one_stride():
+    tensors = inputs(5, 7)
+    tensors[5] = torch.cat((tensors[5], tensors[5]), 1)[:, :H]
+    found, reasons = beside(tensors)
+    assert [(stage, reason.code) for stage, reason in reasons.items()] == [("up", ReasonCode.LAYOUT)]
+    check(found, block, tensors)
+
+
+def test_halves_of_one_weight():
+    def merged(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI, both_JH, shared_w2_HS):
+        gate_TS, up_TS = (hidden_TH @ both_JH.t()).chunk(2, -1)
+        shared_TH = (silu(gate_TS) * up_TS) @ shared_w2_HS.t()
+        return experts(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI, "swiglu") + shared_TH
+
+    tensors = inputs(7, 8)
+    tensors[5:7] = [torch.cat(tensors[5:7])]
+    found = generated(merged, tensors, dynamic=False)
+    assert found.extern_calls == ()
+    check(found, merged, tensors)
+
+
+def test_widths_that_are_no_multiple_of_a_block(monkeypatch):
+    """The experts' widths are multiples of the depth of a tile, the shared expert's is not: its last step is masked."""
+    schedule = Schedule(16, 16, 16, 4, 3)
+    monkeypatch.setattr(lowerings, "schedule_of", lambda rows, shape, device: (schedule, None))
+    tensors = inputs(7, 9, width=32, shared=40)
+    check(generated(block, tensors), block, tensors)
+
+
+def test_ids_of_no_expert_alone(code):
+    """A rank whose tokens all go elsewhere: its shared expert still runs."""
+    tensors = inputs(9, 10)
+    tensors[1] = torch.full_like(tensors[1], E)
+    check(code, block, tensors)
+
+
+def test_routed_programs_write_routed_rows_alone(code):
+    """Both kinds of programs run at once on a GPU; the interpreter runs one after the other and would not tell."""
+    for stage in ("moe_expert_up_shared", "moe_expert_down_shared"):
+        text = code.kernel(stage).function
+        shared, routed = re.search(r"mask=mask & is_shared\)\s+mask = mask & (\w+)", text), "is_routed"
+        assert shared and shared[1] == routed
+
+
+def test_where_the_bound_lies():
+    few = Schedule(16, 128, 128, 4, 3)
+    most = shared_lowerings.MAX_ROW_TILES * 16
+    assert shared_lowerings._size_refusal(few, 8 * most, 8) is None
+    assert shared_lowerings._size_refusal(few, 8 * (most + 1), 8).code is ReasonCode.SCHEDULE
+    assert shared_lowerings._size_refusal(few, None, 8).code is ReasonCode.SCHEDULE
+    assert shared_lowerings._size_refusal(dataclasses.replace(few, loop=Loop(tma=True)), 8, 8) is not None
 
 
 def test_what_the_compiler_makes_of_it():
