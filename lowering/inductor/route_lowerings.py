@@ -13,7 +13,7 @@ import torch
 from ..ops.moe_dispatch import dispatch_schedule
 from ..ops.moe_route import route_constants, route_schedule, split_options
 from ..spec import RoutingSpec
-from ..templates.render import template_text
+from ..templates.render import route_text, template_text
 from . import _compat
 from .early import begins_early, told
 from .gemm_plan import rows_bound
@@ -26,7 +26,8 @@ _FEW_TOKENS = 64  # scheduled for where T is symbolic
 
 @functools.cache
 def _template(name: str, grid: Any) -> Any:
-    return _compat.TritonTemplate(name=name, grid=grid, source=template_text(name))
+    source = route_text() if name == "moe_route" else template_text(name)
+    return _compat.TritonTemplate(name=name, grid=grid, source=source)
 
 
 @_compat.SymbolicGridFn

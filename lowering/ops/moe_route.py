@@ -145,7 +145,7 @@ def route_schedule(num_tokens: int, num_columns: int) -> tuple[Constants, int]:
 
 def _cuda(logits_TC: Tensor, bias_E: Tensor | None, ids_TK: Tensor | None, *options: Any) -> Routing:
     from ..templates import standalone
-    from ..templates.render import template_text
+    from ..templates.render import route_text
 
     spec, per_expert_scale_E = _validate(logits_TC, bias_E, ids_TK, options)
     if logits_TC.dtype == torch.float64:
@@ -165,7 +165,7 @@ def _cuda(logits_TC: Tensor, bias_E: Tensor | None, ids_TK: Tensor | None, *opti
     named = {"LOGITS": logits_TC, "BIAS": bias_E, "EXPERT_SCALE": per_expert_scale_E, "IDS_IN": ids_TK}
     tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
     standalone.launch(
-        template_text("moe_route"),
+        route_text(),
         {**tensors, "IDS": out_TW, "OUT": weights_TW},
         name="moe_route",
         constants=constants | schedule,

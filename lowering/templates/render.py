@@ -37,6 +37,13 @@ def template_text(name: str) -> str:
     return resources.files(__package__).joinpath(f"{name}.jinja").read_text()
 
 
+@functools.cache
+def route_text() -> str:
+    """The text of `moe_route` with the host's hooks in it; what selects and weighs stands in a file of its own."""
+    select = _render("moe_route_select", in_tile=False).rstrip("\n")
+    return _render("moe_route", select=select, functions=template_text("moe_route_functions"))
+
+
 @dataclasses.dataclass(frozen=True)
 class ExpertGemmVariant:
     """What distinguishes the texts of the expert GEMMs; sizes and tiles are constants of the host.
