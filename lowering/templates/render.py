@@ -38,10 +38,16 @@ def template_text(name: str) -> str:
 
 
 @functools.cache
-def route_text() -> str:
-    """The text of `moe_route` with the host's hooks in it; what selects and weighs stands in a file of its own."""
-    select = _render("moe_route_select", in_tile=False).rstrip("\n")
-    return _render("moe_route", select=select, functions=template_text("moe_route_functions"))
+def route_text(role: str | None = None) -> str:
+    """The text of `moe_route`, or of the role of `moe_route_linear` that is named, with the host's hooks in it.
+
+    Both select and weigh by the same text; the first reads the chosen logits again, the second has them in a tile.
+    """
+    select = _render("moe_route_select", in_tile=role is not None).rstrip("\n")
+    functions = template_text("moe_route_functions")
+    if role is None:
+        return _render("moe_route", select=select, functions=functions)
+    return _render("moe_route_linear", role=role, select=select, functions=functions)
 
 
 @dataclasses.dataclass(frozen=True)
