@@ -38,16 +38,13 @@ def template_text(name: str) -> str:
 
 
 @functools.cache
-def route_text(role: str | None = None) -> str:
-    """The text of `moe_route`, or of the role of `moe_route_linear` that is named, with the host's hooks in it.
+def route_text(name: str = "moe_route") -> str:
+    """The text of `moe_route` or `moe_route_linear_sum`, with the host's hooks in it.
 
     Both select and weigh by the same text; the first reads the chosen logits again, the second has them in a tile.
     """
-    select = _render("moe_route_select", in_tile=role is not None).rstrip("\n")
-    functions = template_text("moe_route_functions")
-    if role is None:
-        return _render("moe_route", select=select, functions=functions)
-    return _render("moe_route_linear", role=role, select=select, functions=functions)
+    select = _render("moe_route_select", in_tile=name != "moe_route").rstrip("\n")
+    return _render(name, select=select, functions=template_text("moe_route_functions"))
 
 
 @dataclasses.dataclass(frozen=True)
