@@ -84,8 +84,14 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _triton_dtype(dtype: torch.dtype | None) -> str:
+def triton_dtype(dtype: torch.dtype | None) -> str:
+    """How a kernel's text spells a dtype, None included."""
     return "None" if dtype is None else f"tl.{str(dtype).removeprefix('torch.')}"
+
+
+def route_columns(spec: RoutingSpec, num_experts: int) -> int:
+    """Columns of a tile of logits: each group, and the number of groups, filled up to a power of two."""
+    return _power_of_two(spec.n_group) * _power_of_two(num_experts // spec.n_group)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -118,8 +124,8 @@ def route_constants(
         "WIDTH_POW2": _power_of_two(spec.num_weights),
         "SOFTCAP": float(spec.softcap),
         "SCORE": SCORES.index(spec.score),
-        "SCORE_DTYPE": _triton_dtype(rounding(spec, logits)),
-        "BIASED_DTYPE": _triton_dtype(rounding(spec, logits, bias)),
+        "SCORE_DTYPE": triton_dtype(rounding(spec, logits)),
+        "BIASED_DTYPE": triton_dtype(rounding(spec, logits, bias)),
         "ON_LOGITS": spec.select_on == "logits",
         "N_GROUP": spec.n_group,
         "TOPK_GROUP": spec.topk_group,
