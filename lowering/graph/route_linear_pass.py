@@ -1,8 +1,8 @@
 """Take the product in front of `moe_route` into it: `moe_route(mm(x, w.T))` -> `moe_route_linear(x, w)`.
 
-Its lowering has kernels of its own for few tokens, and leaves the product to the library for many. The logits are rounded
-as the product rounds them, and whatever else reads them reads an output of the op. Only on CUDA, and not where a backward
-reads the logits.
+Its lowering has kernels of its own for few tokens, and leaves the product to the library for many. The logits are
+rounded as the product rounds them, and whatever else reads them reads an output of the op. Only on CUDA, and not where
+a backward reads the logits.
 """
 
 from __future__ import annotations

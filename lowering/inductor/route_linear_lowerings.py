@@ -1,15 +1,13 @@
 """Inductor lowering of a router with its product: two kernels where tokens are few, else the product and `moe_route`.
 
-The library's product of a router takes 5 to 8 us for 1 to 256 tokens, most of it not for the bytes. Here as many programs
-as a device has multiprocessors add up parts of it, and the routing adds up the parts. For one token, with few experts for
-some, the routing sorts the slots as well, and the lowering of the `moe_dispatch` behind it finds them here.
+As many programs as a device has multiprocessors add up parts of the product, and the routing adds up the parts. For one
+token, with few experts for some, the routing sorts the slots as well; the `moe_dispatch` behind it hands them on.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-import weakref
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ from . import _compat
 from .early import begins_early, told
 from .gemm_plan import rows_bound
 from .lowerings import note, refusal
-from .route_lowerings import empty, hand_slots, route_grid, template
+from .route_lowerings import empty, hand_slots, template
 
 MOST_TOKENS = 512  # beyond, a library's product and a kernel that routes
 _ANY_TOKENS = 16  # scheduled for at least where T is symbolic: tiles, which are right for any number of rows
@@ -35,6 +33,11 @@ _OPS = torch.ops.diffulex
 @_compat.SymbolicGridFn
 def _part_grid(splits: Any, tokens: Any, columns: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
     return (cdiv(tokens, meta["BLOCK_T"]) * cdiv(columns, meta["BLOCK_C"]) * splits, 1, 1)
+
+
+@_compat.SymbolicGridFn
+def _sum_grid(tokens: Any, top_k: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
+    return (cdiv(tokens, meta["BLOCK_T"]), 1, 1)
 
 
 def _dispatches(route: torch.fx.Node, num_experts: int) -> list[torch.fx.Node]:
@@ -118,13 +121,13 @@ def _sum(
     slots: tuple[Any, ...] = ()
     if schedule.sorts and dispatches:
         sizes = (num_tokens * top_k, num_tokens * top_k, num_experts + 1)
-        slots = tuple(empty(inputs[0], [size], torch.int32) for size in sizes)
+        slots = tuple(empty(inputs[0], [size], dtype=torch.int32) for size in sizes)
         hand_slots(dispatches, slots)
-    ids = empty(inputs[0], [num_tokens, top_k], torch.int32)
+    ids = empty(inputs[0], [num_tokens, top_k], dtype=torch.int32)
     written = [_compat.realize_inputs(one) for one in (logits, *slots, ids) if one is not None]
     early = begins_early(ids.get_device())
     weights = _compat.run_template(
-        template("moe_route_linear_sum", route_grid),
+        template("moe_route_linear_sum", _sum_grid),
         [*map(_compat.realize_inputs, inputs), *written],
         _compat.fixed_layout(ids, torch.float32, [num_tokens, top_k]),
         num_warps=1,
@@ -174,7 +177,7 @@ def _moe_route_linear(
     partial = _part(hidden, weight, schedule, constants=constants)
     wanted = ((True, linear_bias), (constants["HAS_BIAS"] or constants["BIAS_WEIGHS"], bias), (True, scale))
     inputs = [partial, *(tensor for is_read, tensor in wanted if is_read and tensor is not None)]
-    logits = empty(hidden, [hidden.get_size()[0], num_experts], product_dtype) if outputs(node, 2) else None
+    logits = empty(hidden, [hidden.get_size()[0], num_experts], dtype=product_dtype) if outputs(node, 2) else None
     constants = constants | {
         "HAS_LINEAR_BIAS": linear_bias is not None,
         "LOGITS_DTYPE": triton_dtype(None if product_dtype == torch.float32 else product_dtype),

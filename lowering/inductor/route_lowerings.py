@@ -33,7 +33,7 @@ def template(name: str, grid: Any) -> Any:
 
 
 @_compat.SymbolicGridFn
-def route_grid(tokens: Any, top_k: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
+def _route_grid(tokens: Any, top_k: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
     return (cdiv(tokens, meta["BLOCK_T"]), 1, 1)
 
 
@@ -47,7 +47,7 @@ def _programs_grid(*sizes: Any) -> tuple[Any, Any, Any]:
     return (sizes[-1]["PROGRAMS"], 1, 1)
 
 
-def empty(like: Any, size: list[Any], dtype: torch.dtype) -> Any:
+def empty(like: Any, size: list[Any], *, dtype: torch.dtype) -> Any:
     """A buffer of this size and dtype on the device of the IR node `like`, for a template to write."""
     buffer = _compat.empty_strided(size, None, dtype=dtype, device=like.get_device())
     buffer.realize()
@@ -82,13 +82,13 @@ def _moe_route(logits: Any, bias: Any, ids: Any, *options: Any) -> Any:
     )
     known = _compat.known_size(num_tokens)
     schedule, num_warps = route_schedule(_FEW_TOKENS if known is None else known, num_columns)
-    ids_out = empty(logits, [num_tokens, spec.num_weights], torch.int32)
+    ids_out = empty(logits, [num_tokens, spec.num_weights], dtype=torch.int32)
     wanted = ((constants["HAS_BIAS"] or constants["BIAS_WEIGHS"], bias), (True, per_expert_scale), (True, ids))
     extra = [tensor for is_read, tensor in wanted if is_read and tensor is not None]
     inputs = _compat.realize_inputs(logits, *extra, ids_out)
     early = begins_early(logits.get_device())
     weights = _compat.run_template(
-        template("moe_route", route_grid),
+        template("moe_route", _route_grid),
         inputs,
         _compat.fixed_layout(logits, torch.float32, [num_tokens, spec.num_weights]),
         num_warps=num_warps,
@@ -107,7 +107,7 @@ def _moe_dispatch(ids: Any, num_experts: int) -> Any:
     if reason is not None:
         return fallback_noted(_OPS.moe_dispatch.default, reason, ids, num_experts)
     node = _compat.current_fx_node()
-    handed = _sorted_slots.get(_compat.V.graph, {}).pop(node, None)
+    handed = _sorted_slots.get(_compat.V.graph, {}).pop(node, None) if node is not None else None
     if handed is not None:
         note("moe_dispatch", "in the router's kernel")
         return handed
@@ -116,7 +116,7 @@ def _moe_dispatch(ids: Any, num_experts: int) -> Any:
     slots = num_tokens * top_k
     bound = rows_bound(slots, node, device=ids.get_device())
     schedule = dispatch_schedule(_MANY_ROWS if bound is None else bound, num_experts, top_k=top_k)
-    order, token = (empty(ids, [slots], torch.int32) for _ in range(2))
+    order, token = (empty(ids, [slots], dtype=torch.int32) for _ in range(2))
     (ids,) = _compat.contiguous_inputs(ids)
     outputs = _compat.realize_inputs(order, token)
     early = begins_early(ids.get_device())

@@ -1,8 +1,8 @@
 """`diffulex::moe_route_linear`: a router's product and `moe_route` of it, for few tokens in kernels of their own.
 
 The product of hidden [T, H] and weight [E, H], with a bias [E] of its own or without, is summed wide and rounded to
-`product_dtype`; `moe_route` reads it in `logits_dtype`. The op is what these parts compute, and its gradients are theirs;
-a compiled graph gets two kernels where tokens are few.
+`product_dtype`; `moe_route` reads it in `logits_dtype`. The op is what these parts compute, and its gradients are
+theirs; a compiled graph gets two kernels where tokens are few.
 """
 
 from __future__ import annotations
@@ -100,13 +100,13 @@ def _depth_of(stretch: int, most: int) -> int:
 def route_linear_schedule(tokens: int, columns: int, *, hidden: int) -> RouteLinearSchedule:
     """For at most `tokens` >= 1 rows of width `hidden`, and `columns`: experts, each group filled up to a power of two.
 
-    Measured on one H100 for E, H of 128, 2048; 256, 2048; 256, 7168; 8, 4096 and 1 to 1024 tokens; the rule is within 4 %
-    of the best of 2 to 4 schedules tried for each.
+    Measured on one H100 for E, H of 128, 2048; 256, 2048; 256, 7168; 8, 4096 and 1 to 256 tokens; what the rule picks
+    is within 4 % of the best of the 1 to 4 schedules that were timed for each, where it was one of them.
 
-    - One token: a program for each column, on the CUDA cores; with few experts H is split, so that there are 32 programs.
-      With few experts that goes for up to 8 tokens (8 experts, 4 tokens: 3.9 us against 6.0 by tiles of 16 rows). There one
-      program routes all rows, so it sorts their slots, too: a launch less. With many experts that program gets slower with
-      every row (256 experts, 4 tokens: 12.3 us, against 9.1 with another launch).
+    - One token: a program for each column, on the CUDA cores; with few experts H is split, for 32 programs. With few
+      experts that goes for up to 8 tokens (8 experts, 4 tokens: 3.9 us, by tiles of 16 rows 6.0). There one program
+      routes all rows, so it sorts their slots, too: a launch less. With many experts that program gets slower with
+      every row (256 experts, 4 tokens: 12.3 us, with another launch 9.1).
     - Else tiles of 16 rows, of 64 from 65 tokens on (few experts: 16), and of 16, 32 or 64 columns, 64 for more than 16
       rows of 4096 or wider. H is split so that there are 128 programs, but at most 2048 sums are read for a token.
     """

@@ -12,8 +12,8 @@ from .moe_route import moe_route_reference
 def moe_route_linear_reference(
     hidden_TH: Tensor,
     weight_EH: Tensor,
-    spec: RoutingSpec,
     *,
+    spec: RoutingSpec,
     linear_bias_E: Tensor | None = None,
     bias_E: Tensor | None = None,
     per_expert_scale_E: Tensor | None = None,

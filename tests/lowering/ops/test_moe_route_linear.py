@@ -23,7 +23,7 @@ CASES = {
 
 def reference(hidden, weight, linear_bias, bias, product, logits, *options):
     given = {"linear_bias_E": linear_bias, "bias_E": bias, "product_dtype": product}
-    return moe_route_linear_reference(hidden, weight, RoutingSpec(*options), **given)
+    return moe_route_linear_reference(hidden, weight, spec=RoutingSpec(*options), **given)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,4 +1,4 @@
-"""The oracle of a router with its product: the product as a sum over a dense tensor, its routing that of `moe_route`."""
+"""The oracle of a router with its product: the product as a sum, its routing that of `moe_route`."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def test_equals_the_dense_form(biased, product):
     hidden, weight, linear_bias, *_ = route_linear_args(dtype=torch.float64, linear_bias=biased)
     spec = RoutingSpec(2)
     given = {"linear_bias_E": linear_bias, "product_dtype": product}
-    weights, ids, logits = moe_route_linear_reference(hidden, weight, spec, **given)
+    weights, ids, logits = moe_route_linear_reference(hidden, weight, spec=spec, **given)
     wanted = (hidden[:, None] * weight).sum(-1) + (linear_bias if biased else 0)
     if product is None:
         assert_near_exact(logits, wanted)
