@@ -109,7 +109,7 @@ def _moe_dispatch(ids: Any, num_experts: int) -> Any:
     node = _compat.current_fx_node()
     handed = _sorted_slots.get(_compat.V.graph, {}).pop(node, None) if node is not None else None
     if handed is not None:
-        note("moe_dispatch", "in the router's kernel")
+        note("moe_dispatch", f"in the router's kernel{told(begins_early(ids.get_device()))}")
         return handed
     num_tokens, top_k = ids.get_size()
     top_k = _compat.static_size(top_k)
