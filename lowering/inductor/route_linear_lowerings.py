@@ -17,6 +17,7 @@ from ..errors import Reason, ReasonCode
 from ..graph.dataflow import arguments, has_shape, is_op, origin, outputs, tensor_of
 from ..ops.moe_route import Constants, route_columns, route_constants, split_options, triton_dtype
 from ..ops.moe_route_linear import RouteLinearSchedule, route_linear_schedule
+from ..report import layer_of, record
 from ..spec import RoutingSpec
 from ..templates.eager import power_of_two
 from . import _compat
@@ -139,7 +140,7 @@ def _sum(
         early=early,
     )
     sorts = ", sorts the slots" if slots else ""
-    note("moe_route_linear", f"triton moe_route_linear {schedule}{sorts}{told(early)}")
+    note("moe_route", f"triton moe_route_linear {schedule}{sorts}{told(early)}")
     return weights, ids
 
 
@@ -162,7 +163,7 @@ def _moe_route_linear(
     tokens = _most_tokens(hidden, spec.top_k, dispatches)
     reason = _refusal(hidden, tokens)
     if reason is not None:
-        note("moe_route_linear", "a product and moe_route", reason=reason)
+        record("plan", "route_linear", layer=layer_of(node), outcome="a product beside the router", reason=reason)
         return _apart(bias, product_dtype, logits_dtype, options=options, scale=scale)
     constants = route_constants(
         spec,
