@@ -11,11 +11,12 @@ import operator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import ops  # noqa: F401  the ops have to exist
 from ..errors import Reason, ReasonCode
 from ..graph.dataflow import arguments, has_shape, is_op, origin, outputs, tensor_of
-from ..ops.moe_route import Constants, route_columns, route_constants, split_options, triton_dtype
+from ..ops.moe_route import Constants, moe_route, route_columns, route_constants, split_options, triton_dtype
 from ..ops.moe_route_linear import RouteLinearSchedule, route_linear_schedule
 from ..report import layer_of, record
 from ..spec import RoutingSpec
@@ -72,25 +73,29 @@ def _refusal(hidden: Any, tokens: float) -> Reason | None:
 
 
 def _apart(
-    bias: Any, product_dtype: torch.dtype, logits_dtype: torch.dtype, *, options: tuple[Any, ...], scale: Any
+    route: torch.fx.Node, product_dtype: torch.dtype, logits_dtype: torch.dtype, *, options: tuple[Any, ...]
 ) -> Any:
     """The product as it stood in the graph, and `moe_route`."""
 
-    def product(hidden_TH: torch.Tensor, weight_EH: torch.Tensor, bias_E: torch.Tensor | None) -> torch.Tensor:
-        if bias_E is not None:
-            return torch.addmm(bias_E, hidden_TH, weight_EH.t())
-        if product_dtype == hidden_TH.dtype:
-            return torch.mm(hidden_TH, weight_EH.t())
-        return torch.mm(hidden_TH, weight_EH.t(), out_dtype=product_dtype)
+    def parts(
+        hidden_TH: Tensor,
+        weight_EH: Tensor,
+        linear_bias_E: Tensor | None,
+        bias_E: Tensor | None,
+        scale_E: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weight_HE = weight_EH.t()
+        if linear_bias_E is not None:
+            logits_TE = torch.addmm(linear_bias_E, hidden_TH, weight_HE)
+        elif product_dtype == hidden_TH.dtype:
+            logits_TE = torch.mm(hidden_TH, weight_HE)
+        else:
+            logits_TE = torch.mm(hidden_TH, weight_HE, out_dtype=product_dtype)
+        return *moe_route(logits_TE.to(logits_dtype), bias_E, None, *options, scale_E), logits_TE
 
-    node = _compat.current_fx_node()
-    assert node is not None
-    given = arguments(node)
-    logits = _compat.inline(product, [given[name] for name in ("hidden", "weight", "linear_bias")])
-    read = logits
-    if logits_dtype != product_dtype:
-        read = _compat.lowerings[torch.ops.prims.convert_element_type.default](logits, logits_dtype)
-    return *_compat.lowerings[_OPS.moe_route.default](read, bias, None, *options, scale), logits
+    given = arguments(route)
+    names = ("hidden", "weight", "linear_bias", "bias", "per_expert_scale")
+    return _compat.inline(parts, [given[name] for name in names])
 
 
 def _part(hidden: Any, weight: Any, schedule: RouteLinearSchedule, *, constants: Constants) -> Any:
@@ -164,7 +169,7 @@ def _moe_route_linear(
     reason = _refusal(hidden, tokens)
     if reason is not None:
         record("plan", "route_linear", layer=layer_of(node), outcome="a product beside the router", reason=reason)
-        return _apart(bias, product_dtype, logits_dtype, options=options, scale=scale)
+        return _apart(node, product_dtype, logits_dtype, options=options)
     constants = route_constants(
         spec,
         num_experts,

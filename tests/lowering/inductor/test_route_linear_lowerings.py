@@ -1,7 +1,6 @@
 """A router with its product in kernels of its own, or apart: which, that they compute the same, how many there are."""
 
 import dataclasses
-import re
 
 import pytest
 import torch
@@ -181,7 +180,7 @@ def test_the_parts_stand_as_they_stood(name, monkeypatch):
     assert apart.extern_calls == before.extern_calls and len(apart.extern_calls) == 1
 
     def texts(code):
-        return [re.sub(r"triton_\w+", "", kernel.function) for kernel in code.kernels]
+        return [kernel.function.replace("convert_element_type", "_to_copy") for kernel in code.kernels]
 
     assert texts(apart) == texts(before)
 
