@@ -1,11 +1,12 @@
-"""Time a whole MoE layer, router product and norm included: kernels that begin early, without, and stock torch.compile.
+"""Time a whole MoE layer, router product and norm included: with variants of the compiler, and stock torch.compile.
 
     python -m benchmarks.bench_layer --out layer.csv
 
 From hidden states to hidden states plus the layer's output and their RMS norm, bf16, CUDA-graph replays over rotated
 inputs, round-robin. `early`: every generated kernel begins before the last one has ended, as under
-mode="reduce-overhead". `alone`, with --alone: those of our templates do, Inductor's own do not. `off`: none does. Stops
-before a cell that would go past --seconds, and names what was left out.
+mode="reduce-overhead". `split`: so, with a product of the library in front of the router. `alone`, with --alone: those
+of our templates begin early, Inductor's own do not. `off`: none does. Stops before a cell that would go past --seconds,
+and names what was left out.
 """
 
 from __future__ import annotations
@@ -56,14 +57,17 @@ def layer(spec: RoutingSpec, experts: nn.Module, *, stock: bool) -> Callable[...
 @contextlib.contextmanager
 def compiling(variant: str) -> Iterator[None]:
     """The state in which a variant is compiled and captured."""
-    from lowering.inductor import _compat
+    from lowering.inductor import _compat, route_linear_lowerings
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if variant == "stock":
             stack.enter_context(diffulex.disabled())
-        if variant == "alone":  # no configuration says so: not to be served from a cache
+        if variant in ("alone", "split"):  # no configuration says so: not to be served from a cache
             stack.enter_context(torch._inductor.config.patch(force_disable_caches=True))
+        if variant == "split":
+            stack.enter_context(mock.patch.object(route_linear_lowerings, "MOST_TOKENS", -1))
+        if variant == "alone":
             stack.enter_context(mock.patch.object(_compat, "begin_early", return_value=None))
             stack.enter_context(mock.patch.object(_compat.TritonKernel, "_enable_pdl_codegen", return_value=False))
         yield
@@ -83,7 +87,7 @@ def measure(name: str, tokens: int, *, variants: list[str], experts: nn.Module) 
     for variant in variants:
         torch._dynamo.reset()
         function = layer(spec, experts, stock=variant == "stock")
-        options = {"triton.enable_pdl": variant in ("early", "alone")}
+        options = {"triton.enable_pdl": variant in ("early", "split", "alone")}
         with compiling(variant):
             compiled = torch.compile(function, fullgraph=True, dynamic=False, options=options)
             outs[variant] = compiled(*inputs[0])[0].clone()
@@ -100,10 +104,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=110)
     parser.add_argument("--out", default="layer.csv")
     arguments = parser.parse_args()
-    variants = ["early", *(["alone"] if arguments.alone else []), "off", "stock"]
+    variants = ["early", "split", *(["alone"] if arguments.alone else []), "off", "stock"]
     began, longest, left_out = time.time(), 0.0, []
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; microseconds", flush=True)
-    print("shape    tokens " + " ".join(f"{variant:>8}" for variant in variants) + "  off-early  stock/early  equal")
+    print(
+        "shape    tokens "
+        + " ".join(f"{variant:>8}" for variant in variants)
+        + "  split-early  off-early  stock/early  equal"
+    )
     with open(arguments.out, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["device", "shape", "tokens", *(f"{variant}_us" for variant in variants), "equal"])
@@ -118,9 +126,13 @@ def main() -> None:
                 times, equal = measure(name, tokens, variants=variants, experts=experts)
                 longest = max(longest, time.time() - started)
                 cells = " ".join(f"{times[variant]:8.1f}" for variant in variants)
-                gained, ratio = times["off"] - times["early"], times["stock"] / times["early"]
+                apart, gained = (times[variant] - times["early"] for variant in ("split", "off"))
+                ratio = times["stock"] / times["early"]
                 seconds = f"[{time.time() - started:.0f} s]"
-                print(f"{name:8} {tokens:6} {cells} {gained:10.1f} {ratio:12.2f}  {equal}  {seconds}", flush=True)
+                print(
+                    f"{name:8} {tokens:6} {cells} {apart:12.1f} {gained:10.1f} {ratio:12.2f}  {equal}  {seconds}",
+                    flush=True,
+                )
                 row = [f"{times[variant]:.4g}" for variant in variants]
                 writer.writerow([torch.cuda.get_device_name(), name, tokens, *row, equal])
                 file.flush()

@@ -20,7 +20,7 @@ from .integrations.transformers import DEVICES
 _GEMM_OPS = frozenset({"moe_expert_up", "moe_expert_down"})
 _LAYER_SUBJECTS = _GEMM_OPS | {"spine_pass"}
 # these work on the router, which is another child of the block that holds the experts
-_ROUTER_SUBJECTS = frozenset({"moe_route", "router_linear_pass"})
+_ROUTER_SUBJECTS = frozenset({"moe_route", "router_linear_pass", "route_linear_pass", "route_linear"})
 _NO_LIMIT = 1 << 20  # frames behind graph breaks keep what earlier reports compiled of them
 INFERENCE, TRAINING = "inference (no_grad)", "training"
 

@@ -6,6 +6,7 @@ first thing that is not as it must be; the pass that called them catches it and 
 
 from __future__ import annotations
 
+import heapq
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -179,6 +180,14 @@ def peel_widening(node: Any) -> Any:
         node = source
 
 
+def transposed_source(operand: Any) -> Node | None:
+    """The weight [S, D] behind a right operand [D, S], or None."""
+    if not is_op(operand, aten.permute, aten.t) or list(arguments(operand).get("dims", [1, 0])) != [1, 0]:
+        return None
+    weight: Any = operand.args[0]
+    return weight
+
+
 def constant(node: Any) -> float | None:
     """The one number a node is filled with (a Python number, full, zeros, scalar_tensor, expanded or cast), or None."""
     if isinstance(node, bool | int | float):
@@ -237,6 +246,16 @@ def ancestors(node: Node, *, stop: Callable[[Node], bool]) -> Iterator[Node]:
             waiting.extend(fresh)
 
 
+def backward_nodes(graph: Graph) -> set[Node]:
+    """Everything a joint graph computes from the incoming gradients; empty for an inference graph."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        is_tangent = node.op == "placeholder" and node.name.startswith("tangents")
+        if is_tangent or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def insert_call(graph: Graph, target: Any, *, args: tuple[Any, ...], like: Node) -> Node:
     """Insert a call at the graph's insertion point. Its place in the model (module, stack trace, forward or backward,
     recomputation) is copied from `like`; its fake value, shape and dtype included, is computed from those of `args`.
@@ -265,3 +284,21 @@ def insert_cast(graph: Graph, source: Node, *, dtype: torch.dtype, like: Node) -
     if tensor_of(source).dtype == dtype:
         return source
     return insert_call(graph, prims.convert_element_type.default, args=(source, dtype), like=like)
+
+
+def sort_nodes(graph: Graph) -> None:
+    """Put every node behind its inputs, and otherwise leave the order as it is."""
+    place = {node: index for index, node in enumerate(graph.nodes)}
+    missing = {node: len(node.all_input_nodes) for node in graph.nodes}
+    ready = [(index, node) for node, index in place.items() if not missing[node]]
+    heapq.heapify(ready)
+    last, placed = graph._root, 0
+    while ready:
+        _, node = heapq.heappop(ready)
+        last.append(node)
+        last, placed = node, placed + 1
+        for user in node.users:
+            missing[user] -= 1
+            if not missing[user]:
+                heapq.heappush(ready, (place[user], user))
+    assert placed == len(place), "a cycle"

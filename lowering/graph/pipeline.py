@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 from ..report import layer_of, logger, record
 from .activation_pass import ActivationRecord, activation_pass
 from .regions import find_regions
+from .route_linear_pass import RouteLinearRecord, route_linear_pass
 from .route_pass import RouteRecord, route_pass
 from .router_linear_pass import RouterLinearRecord, router_linear_pass
 from .shared_expert_pass import SharedExpertRecord, shared_expert_pass
@@ -41,12 +42,18 @@ def _note_shared_expert(found: SharedExpertRecord) -> None:
     record("recognise", "shared_expert_pass", layer=layer_of(found.up), outcome=outcome, reason=found.reason)
 
 
+def _note_route_linear(found: RouteLinearRecord) -> None:
+    outcome = "a product of its own" if found.reason else "with the router"
+    record("recognise", "route_linear_pass", layer=layer_of(found.route), outcome=outcome, reason=found.reason)
+
+
 _PASSES = {
     "spine_pass": lambda graph: spine_pass(graph, record=_note_spine),
     "route_pass": lambda graph: route_pass(graph, record=_note_route),
     "router_linear_pass": lambda graph: router_linear_pass(graph, record=_note_router_linear),
     "activation_pass": lambda graph: activation_pass(graph, record=_note_activation),
     "shared_expert_pass": lambda graph: shared_expert_pass(graph, record=_note_shared_expert),
+    "route_linear_pass": lambda graph: route_linear_pass(graph, record=_note_route_linear),
 }
 
 

@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..activation import intermediate_size, is_gated
-from ..ops import DOWN_OPS, UP_OPS
+from ..ops import DOWN_OPS, ROUTE_OPS, UP_OPS
 from ..region import MoERegion
 from ..report import layer_of
 from ..spec import ExpertSpec, RoutingSpec
@@ -66,7 +66,7 @@ def _expression(size: Any) -> sympy.Expr:
 
 def _routing(dispatch: Node) -> RoutingSpec | None:
     ids = origin(arguments(dispatch)["ids"])
-    if not is_op(ids, operator.getitem) or not is_op(ids.args[0], moe.moe_route):
+    if not is_op(ids, operator.getitem) or not is_op(ids.args[0], *ROUTE_OPS):
         return None
     return RoutingSpec.of_op(arguments(ids.args[0]))
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import heapq
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,7 +36,9 @@ from .dataflow import (
     peel_copies,
     peel_views,
     require,
+    sort_nodes,
     tensor_of,
+    transposed_source,
 )
 from .gate_formula import FormulaReader, half_of, simplified_formula
 
@@ -71,7 +72,7 @@ def shared_expert_pass(graph: Graph, *, record: Callable[[SharedExpertRecord], N
             if found.reason is None:
                 break  # the stages hold one shared expert
     if taken:  # once: both look at the whole graph
-        _sort(graph)
+        sort_nodes(graph)
         graph.eliminate_dead_code()
     return graph
 
@@ -155,7 +156,7 @@ class _Mlp:
         require(has_shape(self.result, [tokens, width]), "the activation changes the shape")
         self.reader.require_private(self.result, *self.leaves)
         require(list(self.result.users) == [self.down], "its activation is read elsewhere", code=ReasonCode.SHARED_USE)
-        last = _transposed(self.down.args[1])
+        last = transposed_source(self.down.args[1])
         require(last is not None, f"the last product is by {describe(self.down.args[1])}, no transposed weight")
         dtypes = {tensor_of(node).dtype for node in (*weights, last, self.up, self.down)}  # type: ignore[arg-type]
         require(len(dtypes) == 1, f"dtypes {dtypes}", code=ReasonCode.DTYPE)
@@ -221,7 +222,7 @@ class _Mlp:
         require(len(self.leaves) == wanted, f"it has {len(self.leaves)} first products")
         products = sorted(self.leaves, key=self.leaves.__getitem__)
         rows = [product.args[0] for product in products]
-        weights = [_transposed(product.args[1]) for product in products]
+        weights = [transposed_source(product.args[1]) for product in products]
         require(None not in weights, "a first product is by something else than a transposed weight")
         shapes = {tuple(tensor_of(weight).shape) for weight in weights}  # type: ignore[arg-type]
         require(len(shapes) == 1, f"gate and up of shapes {shapes}")
@@ -269,34 +270,7 @@ def _may_move(node: Node) -> bool:
     return is_pure(node) if isinstance(node.target, torch._ops.OpOverload) else not node.is_impure()
 
 
-def _transposed(operand: Any) -> Node | None:
-    """The weight [S, D] behind a right operand [D, S], or None."""
-    if not is_op(operand, aten.permute, aten.t) or list(arguments(operand).get("dims", [1, 0])) != [1, 0]:
-        return None
-    weight: Any = operand.args[0]
-    return weight
-
-
 def _pair(graph: Graph, target: Any, args: tuple[Any, ...], like: Node) -> tuple[Node, Node]:
     node = insert_call(graph, target, args=args, like=like)
     first, second = (insert_call(graph, operator.getitem, args=(node, index), like=like) for index in range(2))
     return first, second
-
-
-def _sort(graph: Graph) -> None:
-    """Put every node behind its inputs, and otherwise leave the order as it is."""
-    place = {node: index for index, node in enumerate(graph.nodes)}
-    missing = {node: len(node.all_input_nodes) for node in graph.nodes}
-    ready = [(index, node) for node, index in place.items() if not missing[node]]
-    heapq.heapify(ready)
-    last = graph._root
-    placed = 0
-    while ready:
-        _, node = heapq.heappop(ready)
-        last.append(node)
-        last, placed = node, placed + 1
-        for user in node.users:
-            missing[user] -= 1
-            if not missing[user]:
-                heapq.heappush(ready, (place[user], user))
-    assert placed == len(place), "a cycle"

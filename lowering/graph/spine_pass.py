@@ -26,6 +26,7 @@ from .dataflow import (
     MatchError,
     arguments,
     aten,
+    backward_nodes,
     cast_source,
     constant,
     describe,
@@ -133,7 +134,7 @@ class _Slots:
 
 def spine_pass(graph: Graph, *, record: Callable[[SpineRecord], None] | None = None) -> Graph:
     """Rewrite every spine that is understood; tell `record` about each first grouped GEMM, refusals included."""
-    backward = _backward_nodes(graph)
+    backward = backward_nodes(graph)
     paired: set[Node] = set()
     for node in [node for node in graph.nodes if _is_grouped_mm(node) and node not in backward]:
         if node in paired:
@@ -158,16 +159,6 @@ def _fallback_op() -> Any:
 def _is_grouped_mm(node: Node) -> bool:
     fallback = _fallback_op()
     return is_op(node, aten._grouped_mm) or (fallback is not None and is_op(node, fallback))
-
-
-def _backward_nodes(graph: Graph) -> set[Node]:
-    """Everything a joint graph computes from the incoming gradients; empty for an inference graph."""
-    found: set[Node] = set()
-    for node in graph.nodes:
-        is_tangent = node.op == "placeholder" and node.name.startswith("tangents")
-        if is_tangent or any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _operands(node: Node) -> tuple[Node, Node, Node]:

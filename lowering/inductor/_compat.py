@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import sympy
@@ -28,6 +29,7 @@ from torch._inductor.select_algorithm import (
 )
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._ordered_set import OrderedSet
 
 __all__ = [
     "SymbolicGridFn",
@@ -115,8 +117,23 @@ def current_fx_node() -> torch.fx.Node | None:
     return node if isinstance(node, torch.fx.Node) else None
 
 
+@contextlib.contextmanager
+def _fresh_origins() -> Iterator[None]:
+    """What is lowered inside does not come from the FX node being lowered outside, also by the names of kernels."""
+    outside, ir.IRNode._current_origins = ir.IRNode._current_origins, OrderedSet()
+    try:
+        yield
+    finally:
+        ir.IRNode._current_origins = outside
+
+
+_MODULES = ("nn_module_stack", "fwd_nn_module_stack")
+
+
 def inline(function: Callable[..., Any], args: Sequence[torch.fx.Node | None]) -> Any:
-    """Lower what `function` makes of the values of these FX nodes, as if its operations stood in the graph."""
+    """Lower what `function` makes of the values of these FX nodes, as if its operations stood in the graph, in the
+    place of the node being lowered.
+    """
     nodes = [arg for arg in args if arg is not None]
 
     def of_nodes(*values: Any) -> Any:
@@ -124,7 +141,14 @@ def inline(function: Callable[..., Any], args: Sequence[torch.fx.Node | None]) -
         return function(*(None if arg is None else next(given) for arg in args))
 
     traced = make_fx(of_nodes, decomposition_table=select_decomp_table())(*(node.meta["val"] for node in nodes))
-    return process_subgraph_nodes(traced, [V.graph.env[node] for node in nodes])
+    here = current_fx_node()
+    place = {} if here is None else {name: here.meta[name] for name in _MODULES if name in here.meta}
+    for node in traced.graph.nodes:
+        node.meta.update(place)
+        if node.op == "call_function":
+            node.meta.setdefault("original_aten", node.target)  # kernels are named after it
+    with _fresh_origins():
+        return process_subgraph_nodes(traced, [V.graph.env[node] for node in nodes])
 
 
 def run_template(

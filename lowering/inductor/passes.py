@@ -51,6 +51,7 @@ def register_lowerings() -> None:
     importlib.import_module("lowering.inductor.lowerings")
     importlib.import_module("lowering.inductor.route_lowerings")
     importlib.import_module("lowering.inductor.shared_lowerings")
+    importlib.import_module("lowering.inductor.route_linear_lowerings")
 
 
 def install_pass() -> None:

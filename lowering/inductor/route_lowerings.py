@@ -6,6 +6,7 @@ A template has one output; the others are buffers it mutates, as Inductor's own 
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from ..ops.moe_dispatch import dispatch_schedule
 from ..ops.moe_route import route_constants, route_schedule, split_options
 from ..spec import RoutingSpec
-from ..templates.render import template_text
+from ..templates.render import route_text, template_text
 from . import _compat
 from .early import begins_early, told
 from .gemm_plan import rows_bound
@@ -25,8 +26,10 @@ _FEW_TOKENS = 64  # scheduled for where T is symbolic
 
 
 @functools.cache
-def _template(name: str, grid: Any) -> Any:
-    return _compat.TritonTemplate(name=name, grid=grid, source=template_text(name))
+def template(name: str, grid: Any) -> Any:
+    """The template of a router's or a dispatch's kernel."""
+    source = route_text(name) if name in ("moe_route", "moe_route_linear_sum") else template_text(name)
+    return _compat.TritonTemplate(name=name, grid=grid, source=source)
 
 
 @_compat.SymbolicGridFn
@@ -44,10 +47,20 @@ def _programs_grid(*sizes: Any) -> tuple[Any, Any, Any]:
     return (sizes[-1]["PROGRAMS"], 1, 1)
 
 
-def _empty(like: Any, size: list[Any], dtype: torch.dtype) -> Any:
+def empty(like: Any, size: list[Any], *, dtype: torch.dtype) -> Any:
+    """A buffer of this size and dtype on the device of the IR node `like`, for a template to write."""
     buffer = _compat.empty_strided(size, None, dtype=dtype, device=like.get_device())
     buffer.realize()
     return buffer
+
+
+# by graph: what the kernel of a router sorted for the `moe_dispatch` nodes behind it
+_sorted_slots: weakref.WeakKeyDictionary[Any, dict[torch.fx.Node, tuple[Any, ...]]] = weakref.WeakKeyDictionary()
+
+
+def hand_slots(dispatches: list[torch.fx.Node], slots: tuple[Any, ...]) -> None:
+    """Have these `moe_dispatch` nodes of the graph being lowered give `slots`: order [N], token [N], offsets [E+1]."""
+    _sorted_slots.setdefault(_compat.V.graph, {}).update(dict.fromkeys(dispatches, slots))
 
 
 @_compat.register_lowering(_OPS.moe_route.default, type_promotion_kind=None)
@@ -69,13 +82,13 @@ def _moe_route(logits: Any, bias: Any, ids: Any, *options: Any) -> Any:
     )
     known = _compat.known_size(num_tokens)
     schedule, num_warps = route_schedule(_FEW_TOKENS if known is None else known, num_columns)
-    ids_out = _empty(logits, [num_tokens, spec.num_weights], torch.int32)
+    ids_out = empty(logits, [num_tokens, spec.num_weights], dtype=torch.int32)
     wanted = ((constants["HAS_BIAS"] or constants["BIAS_WEIGHS"], bias), (True, per_expert_scale), (True, ids))
     extra = [tensor for is_read, tensor in wanted if is_read and tensor is not None]
     inputs = _compat.realize_inputs(logits, *extra, ids_out)
     early = begins_early(logits.get_device())
     weights = _compat.run_template(
-        _template("moe_route", _route_grid),
+        template("moe_route", _route_grid),
         inputs,
         _compat.fixed_layout(logits, torch.float32, [num_tokens, spec.num_weights]),
         num_warps=num_warps,
@@ -93,19 +106,24 @@ def _moe_dispatch(ids: Any, num_experts: int) -> Any:
     reason = refusal(ids, dtypes=(torch.int32, torch.int64))
     if reason is not None:
         return fallback_noted(_OPS.moe_dispatch.default, reason, ids, num_experts)
+    node = _compat.current_fx_node()
+    handed = _sorted_slots.get(_compat.V.graph, {}).pop(node, None) if node is not None else None
+    if handed is not None:
+        note("moe_dispatch", f"in the router's kernel{told(begins_early(ids.get_device()))}")
+        return handed
     num_tokens, top_k = ids.get_size()
     top_k = _compat.static_size(top_k)
     slots = num_tokens * top_k
-    bound = rows_bound(slots, _compat.current_fx_node(), device=ids.get_device())
+    bound = rows_bound(slots, node, device=ids.get_device())
     schedule = dispatch_schedule(_MANY_ROWS if bound is None else bound, num_experts, top_k=top_k)
-    order, token = (_empty(ids, [slots], torch.int32) for _ in range(2))
+    order, token = (empty(ids, [slots], dtype=torch.int32) for _ in range(2))
     (ids,) = _compat.contiguous_inputs(ids)
     outputs = _compat.realize_inputs(order, token)
     early = begins_early(ids.get_device())
 
     def run(name: str, grid: Any, inputs: list[Any], size: list[int], **options: Any) -> Any:
         return _compat.run_template(
-            _template(name, grid),
+            template(name, grid),
             inputs,
             _compat.fixed_layout(ids, torch.int32, size),
             num_warps=schedule.num_warps,

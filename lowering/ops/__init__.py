@@ -2,8 +2,8 @@
 
 T tokens, K experts per token, N = T*K slots (slot n belongs to token n // K), E experts, H hidden, I expert width,
 J = 2I gated, I otherwise. `moe_route -> moe_dispatch -> moe_expert_up -> moe_expert_down -> moe_combine`. The two
-`..._shared` take the products of a shared expert, an MLP of width S over every token, into the same stage: a pass
-inserts them.
+`..._shared` take the products of a shared expert, an MLP of width S over every token, into the same stage, and
+`moe_route_linear` the router's product into the first one: passes insert them.
 """
 
 from .moe_combine import moe_combine
@@ -14,6 +14,7 @@ from .moe_expert_grad_weight import moe_expert_grad_weight
 from .moe_expert_up import moe_expert_up
 from .moe_expert_up_shared import moe_expert_up_shared
 from .moe_route import moe_route
+from .moe_route_linear import moe_route_linear
 
 ALL_OPS = (
     moe_route,
@@ -24,13 +25,16 @@ ALL_OPS = (
     moe_combine,
     moe_expert_up_shared,
     moe_expert_down_shared,
+    moe_route_linear,
 )
+ROUTE_OPS = (moe_route, moe_route_linear)
 UP_OPS = (moe_expert_up, moe_expert_up_shared)
 DOWN_OPS = (moe_expert_down, moe_expert_down_shared)
 
 __all__ = [
     "ALL_OPS",
     "DOWN_OPS",
+    "ROUTE_OPS",
     "UP_OPS",
     "moe_combine",
     "moe_dispatch",
@@ -40,4 +44,5 @@ __all__ = [
     "moe_expert_up",
     "moe_expert_up_shared",
     "moe_route",
+    "moe_route_linear",
 ]

@@ -14,12 +14,17 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 # flexible_layout: the lowerings read strides themselves, so Inductor must not insert copies of the weights.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 
+_ROUTE_OPTIONS = (
+    "int top_k, str score='softmax', int n_group=1, int topk_group=1,"
+    " str group_score='top2_sum', str group_fill='-inf', float renorm=1.0, float eps=0.0, float scale=1.0,"
+    " float softcap=0.0, str score_dtype='float32', str select_on='scores', bool bias_in_weights=False,"
+    " str eps_mode='add', int n_shared=0, Tensor? per_expert_scale=None"
+)
 SCHEMAS = {
-    "moe_route": (
-        "(Tensor logits, Tensor? bias, Tensor? ids, int top_k, str score='softmax', int n_group=1, int topk_group=1,"
-        " str group_score='top2_sum', str group_fill='-inf', float renorm=1.0, float eps=0.0, float scale=1.0,"
-        " float softcap=0.0, str score_dtype='float32', str select_on='scores', bool bias_in_weights=False,"
-        " str eps_mode='add', int n_shared=0, Tensor? per_expert_scale=None) -> (Tensor weights, Tensor ids)"
+    "moe_route": f"(Tensor logits, Tensor? bias, Tensor? ids, {_ROUTE_OPTIONS}) -> (Tensor weights, Tensor ids)",
+    "moe_route_linear": (
+        "(Tensor hidden, Tensor weight, Tensor? linear_bias, Tensor? bias, ScalarType product_dtype,"
+        f" ScalarType logits_dtype, {_ROUTE_OPTIONS}) -> (Tensor weights, Tensor ids, Tensor logits)"
     ),
     "moe_dispatch": "(Tensor ids, int num_experts) -> (Tensor order, Tensor token, Tensor offsets)",
     "moe_expert_up": (

@@ -84,8 +84,14 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _triton_dtype(dtype: torch.dtype | None) -> str:
+def triton_dtype(dtype: torch.dtype | None) -> str:
+    """How a kernel's text spells a dtype, None included."""
     return "None" if dtype is None else f"tl.{str(dtype).removeprefix('torch.')}"
+
+
+def route_columns(spec: RoutingSpec, num_experts: int) -> int:
+    """Columns of a tile of logits: each group, and the number of groups, filled up to a power of two."""
+    return _power_of_two(spec.n_group) * _power_of_two(num_experts // spec.n_group)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -118,8 +124,8 @@ def route_constants(
         "WIDTH_POW2": _power_of_two(spec.num_weights),
         "SOFTCAP": float(spec.softcap),
         "SCORE": SCORES.index(spec.score),
-        "SCORE_DTYPE": _triton_dtype(rounding(spec, logits)),
-        "BIASED_DTYPE": _triton_dtype(rounding(spec, logits, bias)),
+        "SCORE_DTYPE": triton_dtype(rounding(spec, logits)),
+        "BIASED_DTYPE": triton_dtype(rounding(spec, logits, bias)),
         "ON_LOGITS": spec.select_on == "logits",
         "N_GROUP": spec.n_group,
         "TOPK_GROUP": spec.topk_group,
@@ -145,7 +151,7 @@ def route_schedule(num_tokens: int, num_columns: int) -> tuple[Constants, int]:
 
 def _cuda(logits_TC: Tensor, bias_E: Tensor | None, ids_TK: Tensor | None, *options: Any) -> Routing:
     from ..templates import standalone
-    from ..templates.render import template_text
+    from ..templates.render import route_text
 
     spec, per_expert_scale_E = _validate(logits_TC, bias_E, ids_TK, options)
     if logits_TC.dtype == torch.float64:
@@ -165,7 +171,7 @@ def _cuda(logits_TC: Tensor, bias_E: Tensor | None, ids_TK: Tensor | None, *opti
     named = {"LOGITS": logits_TC, "BIAS": bias_E, "EXPERT_SCALE": per_expert_scale_E, "IDS_IN": ids_TK}
     tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
     standalone.launch(
-        template_text("moe_route"),
+        route_text(),
         {**tensors, "IDS": out_TW, "OUT": weights_TW},
         name="moe_route",
         constants=constants | schedule,

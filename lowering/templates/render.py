@@ -37,6 +37,16 @@ def template_text(name: str) -> str:
     return resources.files(__package__).joinpath(f"{name}.jinja").read_text()
 
 
+@functools.cache
+def route_text(name: str = "moe_route") -> str:
+    """The text of `moe_route` or `moe_route_linear_sum`, with the host's hooks in it.
+
+    Both select and weigh by the same text; the first reads the chosen logits again, the second has them in a tile.
+    """
+    select = _render("moe_route_select", in_tile=name != "moe_route").rstrip("\n")
+    return _render(name, select=select, functions=template_text("moe_route_functions"))
+
+
 @dataclasses.dataclass(frozen=True)
 class ExpertGemmVariant:
     """What distinguishes the texts of the expert GEMMs; sizes and tiles are constants of the host.

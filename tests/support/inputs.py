@@ -343,6 +343,25 @@ def route_args(
     return logits_TE.to(device), bias_E, ids_TK, 2, *(defaults | options).values()
 
 
+def route_linear_args(
+    device: str | torch.device = "cpu",
+    *,
+    dtype: torch.dtype = torch.float32,
+    product: torch.dtype | None = None,
+    linear_bias: bool = False,
+    **options: Any,
+) -> Args:
+    """Arguments of `moe_route_linear` for E = 8, K = 2, H = 12: hidden [T, H], weight [E, H], linear_bias [E], then
+    bias [E], the product's dtype (by default that of hidden), that of the logits, the options; of `route_args`.
+    """
+    logits_TE, bias_E, _, *rest = route_args(device, **options)
+    form = BlockForm(dtype=dtype)
+    hidden_TH, weight_EH, linear_bias_1E = _normal(form, device, (len(logits_TE), 12), (8, 12), (1, 8), seed=8)
+    product = product or dtype
+    logits = torch.promote_types(product, torch.float32)
+    return hidden_TH, weight_EH, linear_bias_1E[0] if linear_bias else None, bias_E, product, logits, *rest
+
+
 def _single(form: BlockForm) -> BlockForm:
     return form.replace(dtype=torch.float32)
 
@@ -379,6 +398,15 @@ SAMPLES: dict[str, dict[str, Sample]] = {
         "sqrtsoftplus": lambda device: route_args(device, score="sqrtsoftplus", scale=1.5),
         "given_ids": lambda device: route_args(device, ids=True),
         "no_tokens": lambda device: route_args(device, tokens=0),
+    },
+    "moe_route_linear": {
+        "softmax": lambda device: route_linear_args(device),
+        "biased": lambda device: route_linear_args(device, linear_bias=True, renorm=False),
+        "sigmoid_biased_groups": lambda device: route_linear_args(
+            device, bias=True, score="sigmoid", n_group=4, topk_group=2, eps=1e-20
+        ),
+        "wide_product": lambda device: route_linear_args(device, dtype=torch.bfloat16, product=torch.float32),
+        "no_tokens": lambda device: route_linear_args(device, tokens=0),
     },
     "moe_dispatch": {
         **_of_forms(dispatch_args, "plain", "sentinels", "empty_experts", "no_tokens", "one_expert", "duplicates"),

@@ -12,6 +12,7 @@ from torch.nn.functional import gelu, linear, silu
 from lowering import ops
 from lowering.errors import ReasonCode
 from lowering.graph import shared_expert_pass as module_of_the_pass
+from lowering.graph.dataflow import sort_nodes
 from lowering.graph.shared_expert_pass import shared_expert_pass
 from tests.support.graphs import applied, calls
 
@@ -239,9 +240,7 @@ def test_the_cost_grows_with_the_graph_and_not_with_its_square():
         return x
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            module_of_the_pass, "_sort", lambda graph, sort=module_of_the_pass._sort: seen.append(sort(graph))
-        )
+        patch.setattr(module_of_the_pass, "sort_nodes", lambda graph, sort=sort_nodes: seen.append(sort(graph)))
         _, found = traced(function)
     assert [record.reason for record in found] == [None] * 4
     assert len(seen) == 1

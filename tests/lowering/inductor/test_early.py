@@ -31,7 +31,7 @@ def generated(options, fn=block, tokens=16, schedule=FEW):
     with pytest.MonkeyPatch.context() as patch, collect() as decisions:
         patch.setattr(lowerings, "schedule_of", lambda rows, shape, device: (schedule, None))
         code = offline_source(fn, inputs, options=options)
-    return code, [decision.outcome for decision in decisions if decision.stage == "lower"]
+    return code, [d.outcome for d in decisions if d.stage == "lower"]
 
 
 def is_early(kernel):
@@ -55,7 +55,7 @@ def test_every_template_can():
     folder = resources.files("lowering.templates")
     texts = [path.read_text() for path in folder.iterdir() if path.name.endswith(".jinja")]
     texts = [text.partition("{{def_kernel(")[2] for text in texts if "{{def_kernel(" in text]
-    assert len(texts) == 7
+    assert len(texts) == 9
     for text in texts:
         before, _ = text.split(f"\n{{%- if EARLY is defined %}}\n    {WAIT}\n    {LAUNCH}\n{{%- endif %}}\n")
         assert not re.search(TOUCHES, re.sub(r"#.*", "", before))

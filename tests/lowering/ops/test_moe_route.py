@@ -15,7 +15,7 @@ from lowering.ops import moe_route
 from lowering.reference.moe_route import moe_route_reference
 from lowering.spec import OP_OPTIONS, SCORES, RoutingSpec
 from lowering.templates import standalone
-from lowering.templates.render import template_text
+from lowering.templates.render import route_text
 from tests.support.catalogue import assert_refused
 from tests.support.inputs import DEVICES, LOW_DTYPES
 from tests.support.interpreter import interpreter
@@ -332,7 +332,7 @@ def run_kernel(case, block=2):
         per_expert_scale=case.scale is not None,
     )
     constants = tuple({**constants, "BLOCK_T": block}.items())
-    kernel = standalone.render(template_text("moe_route"), "moe_route", constants=constants, output_rank=2)
+    kernel = standalone.render(route_text(), "moe_route", constants=constants, output_rank=2)
     arguments = kernel.arguments({**tensors, "IDS": out, "OUT": weights})
     after = interpreter().kernel(kernel.source, arguments, grid=(-(-tokens // block),), name=kernel.name)
     after = dict(zip((*kernel.pointers, "OUT"), after, strict=False))
