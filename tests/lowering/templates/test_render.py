@@ -53,6 +53,8 @@ def fill(text):
         "moe_expert_gemm_tma",
         "moe_expert_grad_weight",
         "moe_route",
+        "moe_route_linear_part",
+        "moe_route_linear_sum",
     ],
 )
 def test_templates_are_part_of_the_package(name):
