@@ -234,6 +234,11 @@ def is_pure(node: Node) -> bool:
     return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
 
 
+def may_move(node: Node) -> bool:
+    """Whether a node may change places with others that it does not depend on."""
+    return is_pure(node) if isinstance(node.target, OpOverload) else not node.is_impure()
+
+
 def ancestors(node: Node, *, stop: Callable[[Node], bool]) -> Iterator[Node]:
     """A node and everything it is computed from, each once; inputs of a node for which `stop` holds are not visited."""
     seen, waiting = {node}, [node]

@@ -31,6 +31,7 @@ from .dataflow import (
     has_shape,
     insert_call,
     is_op,
+    may_move,
     peel_views,
     peel_widening,
     require,
@@ -55,14 +56,20 @@ class RouteLinearRecord:
 
 def route_linear_pass(graph: Graph, *, record: Callable[[RouteLinearRecord], None] | None = None) -> Graph:
     """Rewrite every router behind a product of 16-bit operands; tell `record` about each `moe_route`."""
-    backward = backward_nodes(graph)
-    for route in [node for node in graph.nodes if is_op(node, moe.moe_route)]:
+    backward, nodes = backward_nodes(graph), list(graph.nodes)
+    unordered = False
+    for route in [node for node in nodes if is_op(node, moe.moe_route)]:
         try:
-            found = RouteLinearRecord(_Router(route, backward).take(graph))
+            router = _Router(route, backward)
+            router.check(nodes)
+            found = RouteLinearRecord(router.take(graph))
+            unordered |= router.has_readers
         except MatchError as error:
             found = RouteLinearRecord(route, error.reason)
         if record is not None:
             record(found)
+    if unordered:  # what reads the logits may stand before the router
+        sort_nodes(graph)
     return graph
 
 
@@ -79,20 +86,23 @@ class _Router:
             self.between.append(product)
             product = behind
         self.product: Any = product
+        self.has_readers = False  # of the logits, besides the router
 
-    def take(self, graph: Graph) -> Node:
-        """Rewrite, and return the new node; raises `MatchError` before anything is changed."""
+    def check(self, nodes: list[Node]) -> None:
+        """Raises `MatchError` where the product stays; `nodes` are those of the graph, in order."""
         product, logits = self.product, tensor_of(self.given["logits"])
         known = isinstance(product, Node) and product.op == "call_function" and product.target in _PRODUCTS
         require(known, f"the logits come from {describe(product)}, not from a product")
         require(has_shape(product, logits.shape), "the logits are not all of the product", code=ReasonCode.SHAPE)
         require(logits.device.type == "cuda", "not a CUDA device", code=ReasonCode.NOT_CUDA)
-        inputs = self._operands()
-        self._check_operands(*inputs)
-        self._check_routing(num_experts=tensor_of(inputs[1]).shape[0])
+        self.inputs = self._operands()
+        self._check_operands(*self.inputs)
+        self._check_routing(num_experts=tensor_of(self.inputs[1]).shape[0])
         readers = {user for node in (product, *self.between) for user in node.users}
         require(readers.isdisjoint(self.backward), "a backward reads the logits", code=ReasonCode.SHARED_USE)
-        return self._insert(graph, inputs)
+        passed = nodes[nodes.index(product) : nodes.index(self.route)]
+        impure = [describe(node) for node in passed if node.op != "placeholder" and not may_move(node)]
+        require(not impure, f"{impure} would change places", code=ReasonCode.SHARED_USE)
 
     def _operands(self) -> tuple[Node, Node, Node | None]:
         """(hidden [T, H], weight [E, H], bias [E] of the product or None)."""
@@ -129,12 +139,13 @@ class _Router:
             before = set() if node is None else set(ancestors(node, stop=lambda _: False))
             require(self.product not in before, f"{name} depends on the logits", code=ReasonCode.SHARED_USE)
 
-    def _insert(self, graph: Graph, inputs: tuple[Node, Node, Node | None]) -> Node:
+    def take(self, graph: Graph) -> Node:
+        """Rewrite what was checked, but for the order of the nodes, and return the new one."""
         dtypes = (tensor_of(self.product).dtype, tensor_of(self.given["logits"]).dtype)
         names = [argument.name for argument in moe.moe_route.default._schema.arguments]
         options = [self.given[name] for name in names if name not in ("logits", "bias", "ids")]
         with graph.inserting_before(self.route):
-            args = (*inputs, self.given["bias"], *dtypes, *options)
+            args = (*self.inputs, self.given["bias"], *dtypes, *options)
             new = insert_call(graph, moe.moe_route_linear.default, args=args, like=self.route)
         self.route.replace_all_uses_with(new)
         for node in (self.route, *self.between, self.product):
@@ -145,7 +156,7 @@ class _Router:
                 logits = insert_call(graph, operator.getitem, args=(new, 2), like=self.product)
             self.product.replace_all_uses_with(logits)
             graph.erase_node(self.product)
-            sort_nodes(graph)  # what reads the logits may stand before the router
+            self.has_readers = True
         return new
 
 

@@ -32,7 +32,7 @@ from .dataflow import (
     has_shape,
     insert_call,
     is_op,
-    is_pure,
+    may_move,
     peel_copies,
     peel_views,
     require,
@@ -188,7 +188,7 @@ class _Mlp:
             order[node] for node in (self.up, routed_down, self.down, *self.leaves, *weights, last) if node in order
         ]
         between = list(order)[min(ends) : max(ends)]
-        impure = [node for node in between if node.op != "placeholder" and not _may_move(node)]
+        impure = [node for node in between if node.op != "placeholder" and not may_move(node)]
         require(not impure, f"{[describe(node) for node in impure]} would change places", code=ReasonCode.SHARED_USE)
 
     def _routed_down(self) -> Node:
@@ -264,10 +264,6 @@ def _commuted(formula: str) -> str:
     if not isinstance(tree, ast.BinOp) or not isinstance(tree.op, ast.Mult):
         return formula
     return simplified_formula(ast.unparse(ast.BinOp(tree.right, ast.Mult(), tree.left)))
-
-
-def _may_move(node: Node) -> bool:
-    return is_pure(node) if isinstance(node.target, torch._ops.OpOverload) else not node.is_impure()
 
 
 def _pair(graph: Graph, target: Any, args: tuple[Any, ...], like: Node) -> tuple[Node, Node]:

@@ -40,6 +40,12 @@ def early_reader(x, w, p):
     return late, route(logits.float(), GROUPED, p["bias"] * 2)
 
 
+def noise_between(x, w, p):
+    """Random numbers come in the order of the calls."""
+    logits = x @ w.t()
+    return torch.rand_like(logits), route(logits)
+
+
 def depending(x, w, p):
     logits = x @ w.t()
     return route(logits, GROUPED, logits.float().mean(0))
@@ -77,6 +83,7 @@ LEFT = {
     "columns_of_hidden": (lambda x, w, p: route(p["x_t"].t() @ w.t()), ReasonCode.LAYOUT),
     "columns_of_weight": (lambda x, w, p: route(x @ p["w_columns"].t()), ReasonCode.LAYOUT),
     "many_experts": (lambda x, w, p: route(x @ p["many"].t()), ReasonCode.SHAPE),
+    "noise_between": (noise_between, ReasonCode.SHARED_USE),
     "depending": (depending, ReasonCode.SHARED_USE),
 }
 
