@@ -12,6 +12,7 @@ import argparse
 import collections
 import sys
 import time
+import warnings
 
 from .check import check
 from .draw import draw
@@ -25,6 +26,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--inductor", type=int, default=50, help="every how many seeds go through code generation")
     arguments = parser.parse_args()
+    warnings.simplefilter("ignore")  # of torch, about programs as odd as these
     start, failed, reached = time.time(), [], collections.Counter()
     for seed in range(arguments.first, arguments.first + arguments.count):
         inductor = bool(arguments.inductor) and seed % arguments.inductor == 0

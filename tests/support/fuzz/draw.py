@@ -124,6 +124,8 @@ def draw(seed: int) -> Form:
     blocks = [_block(rng, index) for index in range(rng.choice((1, 1, 2)))]
     if blocks[-1].shares_router:  # and so what it chose from
         blocks[-1] = dataclasses.replace(blocks[-1], experts=blocks[0].experts, top_k=blocks[0].top_k)
+    if any("mixed" in block.extras for block in blocks):  # slots, in whatever order the choice has
+        blocks = [dataclasses.replace(block, unsorted=False) for block in blocks]
     return Form(
         seed,
         blocks=tuple(blocks),
