@@ -256,8 +256,9 @@ def _match_bias(gemm: Node, slots: _Slots) -> tuple[Node | None, Node]:
     if len(others) != 1 or not is_op(others[0], aten.index):
         return None, slots.past_sentinels(gemm)
     add, gathered = users[0], others[0]
-    index = peel_casts(_single_index(gathered))
+    index, clamped = peel_casts(_single_index(gathered)), False
     while is_op(index, aten.clamp, aten.clamp_min, aten.clamp_max):
+        clamped = True
         bounds = arguments(index)
         least, most = bounds.get("min"), bounds.get("max")
         keeps_ids = least in (None, 0) and most in (None, slots.num_experts - 1)
@@ -270,7 +271,19 @@ def _match_bias(gemm: Node, slots: _Slots) -> tuple[Node | None, Node]:
     require(has_shape(bias, shape), "a bias that is not one row per expert", code=ReasonCode.SHAPE)
     dtypes = {tensor_of(node).dtype for node in (gemm, bias, add)}
     require(len(dtypes) == 1, f"a bias added over the dtypes {dtypes}", code=ReasonCode.DTYPE)
-    return bias, slots.past_sentinels(add)
+    result = slots.past_sentinels(add)
+    # only ids of no expert need the clamp, and their rows are a bias then, which the ops' are not
+    masked = result is not add or _masked_product(add, slots)
+    require(masked or not clamped, "a bias by clamped ids, in rows that nothing masks afterwards")
+    return bias, result
+
+
+def _masked_product(node: Node, slots: _Slots) -> bool:
+    """Whether the rows are only read by a product with the weights, whose sentinels are masked."""
+    users = slots.users(node)
+    while len(users) == 1 and cast_source(users[0]) is node:
+        node, users = users[0], slots.users(users[0])
+    return len(users) == 1 and is_op(users[0], aten.mul) and slots.past_sentinels(users[0]) is not users[0]
 
 
 def _match_tail(result: Node, slots: _Slots, shape: Sequence[Any]) -> tuple[Node, Node]:

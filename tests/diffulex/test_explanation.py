@@ -15,6 +15,7 @@ from diffulex.explanation import LayerReport, Report, find_experts, make_report
 from lowering.errors import Reason, ReasonCode
 from lowering.report import OWN_KERNEL, Decision
 from tests.support.experts import make_case
+from tests.support.graphs import stop_at_lowerings
 from tests.support.inputs import FORMS
 
 FORM = FORMS["plain"].replace(dtype=torch.float32)
@@ -50,6 +51,13 @@ def _fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _stopped(request, monkeypatch):
+    """What is reported is known when a graph was lowered; one test goes through all of Inductor."""
+    if request.function is not test_a_model_that_is_captured:
+        stop_at_lowerings(monkeypatch)
 
 
 def explain(model):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import diffulex
+from tests.support.graphs import stop_at_lowerings
 from tests.support.models import FAMILIES, TINY, build_model, token_ids
 from tests.support.oracle import assert_oracle_ratio
 
@@ -56,7 +57,8 @@ def _fresh_dynamo():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_plain_compile_captures_every_layer(family: str) -> None:
+def test_plain_compile_captures_every_layer(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at_lowerings(monkeypatch)
     model = build_model(family)
     report = diffulex.explain(model, token_ids(model, 1, 9), use_cache=False)
     assert report.all_captured, str(report)

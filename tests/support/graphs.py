@@ -13,6 +13,10 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lowering.graph.pipeline import run_passes
+from lowering.inductor.passes import register_lowerings
+from lowering.state import is_enabled
+
 GraphPass = Callable[[Graph], Any]
 
 
@@ -33,14 +37,19 @@ def applied(graph_pass: GraphPass, module: GraphModule) -> GraphModule:
     return module
 
 
-def backend_with(graph_pass: GraphPass) -> Any:
-    """A backend for `torch.compile` that runs the pass where Inductor runs its joint passes, then runs the graph."""
+def backend_with(graph_pass: GraphPass, *, lower: bool = False) -> Any:
+    """A backend for `torch.compile` that runs the pass where Inductor runs its joint passes, then runs the graph.
+
+    lower: before that the graph goes through Inductor's lowerings, for what they record; no code is made of it.
+    """
 
     def run(module: GraphModule, example_inputs: Any) -> Any:
+        if lower:
+            _lower(module, example_inputs)
         return make_boxed_func(module.forward)
 
     def run_inference(module: GraphModule, example_inputs: Any) -> Any:
-        return make_boxed_func(applied(graph_pass, module).forward)
+        return run(applied(graph_pass, module), example_inputs)
 
     def partition(joint: GraphModule, *args: Any, **options: Any) -> Any:
         return min_cut_rematerialization_partition(applied(graph_pass, joint), *args, **options)
@@ -51,6 +60,28 @@ def backend_with(graph_pass: GraphPass) -> Any:
         inference_compiler=run_inference,
         partition_fn=partition,
         decompositions=select_decomp_table,
+    )
+
+
+def _lower(module: GraphModule, example_inputs: Any) -> None:
+    from torch._dynamo.utils import detect_fake_mode
+    from torch._inductor.fx_passes.post_grad import view_to_reshape
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    register_lowerings()
+    view_to_reshape(module)
+    mode = detect_fake_mode(example_inputs)
+    lowered = GraphLowering(module, example_inputs=example_inputs, shape_env=mode and mode.shape_env)
+    with V.set_fake_mode(mode), V.set_graph_handler(lowered), V.set_extern_kernel_nodes([]):
+        lowered.run(*example_inputs)
+
+
+def stop_at_lowerings(monkeypatch: Any) -> None:
+    """Until the test ends, Inductor generates nothing: its lowerings run and record, and the graph is interpreted."""
+    backend = backend_with(lambda graph: run_passes(graph) if is_enabled() else graph, lower=True)
+    monkeypatch.setattr(
+        "torch._inductor.compile_fx.compile_fx", lambda graph, inputs, **options: backend(graph, inputs)
     )
 
 

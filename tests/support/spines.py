@@ -152,6 +152,11 @@ def _masked_from(expert: int) -> Callable[..., Tensor]:
     return lambda self, rows: rows.masked_fill((self.ids >= expert).unsqueeze(-1), 0.0)
 
 
+def _clamped_up_masked(self: Spine, rows: Tensor, bias: Tensor) -> Tensor:
+    rows = _clamped_bias(0, E - 1)(self, rows, bias)
+    return rows if rows.shape[1] == H else _masked_from(E)(self, rows)
+
+
 def _second_as_bmm(self: Spine, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if weight.shape[1] == H:
         return fallback_mm(rows, weight, offsets)
@@ -185,7 +190,10 @@ MATCHED: dict[str, Spine] = {
         add_bias=lambda self, rows, bias: _masked_from(E)(self, _clamped_bias(None, E - 1)(self, rows, bias))
     ),
     "masked_product": changed(after_product=_masked_from(E)),
-    "clamped_bias": changed(add_bias=_clamped_bias(0, E - 1)),
+    "clamped_bias": changed(
+        add_bias=lambda self, rows, bias: _masked_from(E)(self, _clamped_bias(0, E - 1)(self, rows, bias))
+    ),
+    "clamped_bias_masked_later": changed(add_bias=_clamped_up_masked, after_product=_masked_from(E)),
     "weights_as_column": changed(scale=lambda self: self.given.weights_TK.reshape(-1, 1)[self.perm]),
     "scaled_weights": changed(scale=lambda self: (2.5 * self.given.weights_TK).reshape(-1)[self.perm].unsqueeze(-1)),
     "up_read_elsewhere": changed(
@@ -324,6 +332,12 @@ REFUSED: dict[str, tuple[Spine, ReasonCode, str]] = {
     ),
     "bias_of_clamped_ids": (changed(add_bias=_clamped_bias(0, E - 2)), _STRUCTURE, "clamped to [None, 2]"),
     "bias_of_raised_ids": (changed(add_bias=_clamped_bias(1, E - 1)), _STRUCTURE, "clamped to [1, None]"),
+    "clamped_bias_unmasked": (
+        changed(add_bias=_clamped_bias(0, E - 1)),
+        _STRUCTURE,
+        "rows that nothing masks afterwards",
+    ),
+    "clamped_bias_masked_up": (changed(add_bias=_clamped_up_masked), _STRUCTURE, "rows that nothing masks afterwards"),
     "bias_with_factor": (
         changed(add_bias=lambda self, rows, bias: torch.add(rows, bias[self.ids], alpha=2)),
         _STRUCTURE,
