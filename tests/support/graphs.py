@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-GraphPass = Callable[[Graph], Any]
+from lowering.inductor.interpret import GraphPass, backend_with
+
+__all__ = ["GraphPass", "applied", "backend_with", "calls", "no_pass", "trace"]
 
 
 def trace(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
@@ -31,27 +31,6 @@ def applied(graph_pass: GraphPass, module: GraphModule) -> GraphModule:
     module.graph.lint()
     module.recompile()
     return module
-
-
-def backend_with(graph_pass: GraphPass) -> Any:
-    """A backend for `torch.compile` that runs the pass where Inductor runs its joint passes, then runs the graph."""
-
-    def run(module: GraphModule, example_inputs: Any) -> Any:
-        return make_boxed_func(module.forward)
-
-    def run_inference(module: GraphModule, example_inputs: Any) -> Any:
-        return make_boxed_func(applied(graph_pass, module).forward)
-
-    def partition(joint: GraphModule, *args: Any, **options: Any) -> Any:
-        return min_cut_rematerialization_partition(applied(graph_pass, joint), *args, **options)
-
-    return aot_autograd(
-        fw_compiler=run,
-        bw_compiler=run,
-        inference_compiler=run_inference,
-        partition_fn=partition,
-        decompositions=select_decomp_table,
-    )
 
 
 def calls(graph: Graph, *targets: Any) -> list[Node]:
