@@ -111,6 +111,7 @@ class ReasonCode(enum.Enum):
     NO_INTERFACE = "the model's experts do not go through transformers' experts interface"
     INTERFACE = "transformers' experts interface leads the model's experts to the ops"
     UNLIKE = "through the ops the module does not compute what its own code does"
+    NO_CODE = "the graph is run as it is, without generated code"
     UNVERIFIED = "there is no output of the module's own code to compare with"
 
 

@@ -16,41 +16,12 @@ import torch
 from lowering.errors import MoEConfigError, MoEErrorMixin, MoEOptionError, MoERangeError, MoEUnsupportedError
 
 from ..explanation import explain
+from ..families.build import options_of
 from .demo import choose_device
 from .progress import progress
 from .table import format_bytes
 
 _MOST_OF_MEMORY = 0.8  # the rest is for activations, the compiler and everything else
-
-# What a model built by name gets where its configuration has such a field.
-_TINY = {
-    "vocab_size": 264,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_experts": 8,
-    "num_local_experts": 8,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "first_k_dense_replace": 0,
-    "n_group": 4,
-    "topk_group": 2,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "max_position_embeddings": 1024,
-    "sliding_window": 128,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 
 
 def add_parser(commands: Any) -> None:
@@ -98,7 +69,7 @@ def load_config(name: str, *, layers: int | None = None) -> Any:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
     elif name in CONFIG_MAPPING:
         with _refused(f"a configuration of {name} that can be made small"):
-            config = AutoConfig.for_model(name, **_tiny(AutoConfig.for_model(name)))
+            config = AutoConfig.for_model(name, **options_of(name, AutoConfig.for_model(name)))
     else:
         raise MoEOptionError.of(
             "explain",
@@ -123,13 +94,6 @@ def _refused(expected: str) -> Iterator[None]:
             got=" ".join(f"{type(error).__name__}: {error}".split())[:200],
             hint="Write a config.json with sizes that fit, and give its directory.",
         ) from error
-
-
-def _tiny(config: Any) -> dict[str, Any]:
-    sizes = {key: value for key, value in _TINY.items() if hasattr(config, key)}
-    if "qk_rope_head_dim" in sizes:  # latent attention: positions rotate a part of each head, all heads have keys
-        sizes |= {"head_dim": _TINY["qk_rope_head_dim"], "num_key_value_heads": _TINY["num_attention_heads"]}
-    return sizes
 
 
 def _cut(config: Any, layers: int) -> Any:

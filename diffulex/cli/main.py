@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from lowering.errors import MoEErrorMixin
 
-from . import demo, env, explain
+from . import demo, env, explain, families
 
-_COMMANDS = (demo, explain, env)
+_COMMANDS = (demo, explain, families, env)
 
 
 def build_parser() -> argparse.ArgumentParser:

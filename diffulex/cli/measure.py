@@ -17,11 +17,16 @@ _TIMED_SECONDS, _FEWEST_CALLS, _MOST_CALLS = 0.3, 5, 50
 
 @dataclasses.dataclass(frozen=True)
 class DynamoCounts:
-    """Graphs that were compiled, graph breaks by reason, and compilations that repeat one of the same code."""
+    """Graphs that were compiled, graph breaks by reason, and compilations that repeat one of the same code.
+
+    pieces: frames that have graphs of their own. Where one function was compiled, more than one of them without a break
+    means that Dynamo gave up a frame and went on with those that it calls.
+    """
 
     graphs: int
     break_reasons: tuple[tuple[str, int], ...]
     recompiles: int
+    pieces: int = 1
 
     @property
     def breaks(self) -> int:
@@ -52,10 +57,12 @@ def dynamo_counts() -> DynamoCounts:
     from torch._dynamo.utils import counters, get_compilation_metrics
 
     # compile ids read frame/attempt: the attempts after the first are recompilations
-    again = {str(metrics.compile_id) for metrics in get_compilation_metrics() if metrics.compile_id is not None}
+    known = [metrics for metrics in get_compilation_metrics() if metrics.compile_id is not None]
+    again = {str(metrics.compile_id) for metrics in known}
     recompiles = sum(not compile_id.endswith("/0") for compile_id in again)
     breaks = tuple(sorted(counters["graph_break"].items()))
-    return DynamoCounts(int(counters["stats"]["unique_graphs"]), breaks, recompiles)
+    pieces = {str(metrics.compile_id).partition("/")[0] for metrics in known if metrics.graph_op_count}
+    return DynamoCounts(int(counters["stats"]["unique_graphs"]), breaks, recompiles, max(len(pieces), 1))
 
 
 def milliseconds(call: Callable[[], Any]) -> float:

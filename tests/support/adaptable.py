@@ -2,153 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .models import fill_weights
+from diffulex.families.build import build_model
+from diffulex.families.catalogue import FAMILIES as CATALOGUE
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-_SWITCH = {"num_layers": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
-_LONGCAT = {
-    "num_layers": 2,
-    "num_hidden_layers": 4,
-    "ffn_hidden_size": 48,
-    "expert_ffn_hidden_size": 24,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 8,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "head_dim": 4,
-    "v_head_dim": 8,
-    "moe_topk": 3,
-    "n_routed_experts": 6,
-    "zero_expert_num": 2,
-}
-_NLLB = {
-    "vocab_size": 96,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_sparse_step": 2,
-    "decoder_sparse_step": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "num_experts": 4,
-    "expert_capacity": 16,
-    "max_position_embeddings": 64,
-}
-# family: class of the model, class of its configuration, options
-FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "aria": ("AriaTextForCausalLM", "AriaTextConfig", {**_COMMON, "moe_num_experts": 6, "moe_topk": 2, "head_dim": 8}),
-    "dbrx": (
-        "DbrxForCausalLM",
-        "DbrxConfig",
-        {
-            "d_model": 32,
-            "n_heads": 4,
-            "n_layers": 2,
-            "max_seq_len": 128,
-            "vocab_size": 96,
-            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
-            "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 6, "moe_top_k": 2, "hidden_size": 32},
-            "pad_token_id": 0,
-        },
-    ),
-    "jetmoe": (
-        "JetMoeForCausalLM",
-        "JetMoeConfig",
-        {**_COMMON, "num_local_experts": 6, "num_experts_per_tok": 2, "kv_channels": 8, "num_key_value_heads": 2},
-    ),
-    "llama4": (
-        "Llama4ForCausalLM",
-        "Llama4TextConfig",
-        {
-            **_COMMON,
-            "num_local_experts": 6,
-            "num_experts_per_tok": 2,
-            "head_dim": 8,
-            "intermediate_size_mlp": 48,
-            "interleave_moe_layer_step": 1,
-            "attn_temperature_tuning": False,
-            "no_rope_layers": [1, 1],
-        },
-    ),
-    "longcat_flash": ("LongcatFlashForCausalLM", "LongcatFlashConfig", {**_COMMON, **_LONGCAT}),
-    "step3p7": (
-        "Step3p7TextModel",
-        "Step3p7TextConfig",
-        {
-            **_COMMON,
-            "num_attention_groups": 2,
-            "head_dim": 8,
-            "moe_num_experts": 6,
-            "moe_top_k": 2,
-            "moe_intermediate_size": 24,
-            "share_expert_dim": 24,
-            "mlp_layer_types": ["sparse", "sparse"],
-            "layer_types": ["full_attention"] * 2,
-            "sliding_window": 64,
-            "swiglu_limits": [0.0, 0.5],
-            "swiglu_limits_shared": [0.0, 0.5],
-        },
-    ),
-    "switch_transformers": (
-        "SwitchTransformersEncoderModel",
-        "SwitchTransformersConfig",
-        {
-            **_SWITCH,
-            "vocab_size": 96,
-            "d_model": 32,
-            "d_kv": 8,
-            "d_ff": 48,
-            "num_heads": 4,
-            "num_experts": 6,
-            "pad_token_id": 0,
-            "decoder_start_token_id": 0,
-        },
-    ),
-    "doge": ("DogeForCausalLM", "DogeConfig", {**_COMMON, "is_moe": True, "num_experts": 16, "num_experts_per_tok": 4}),
-    "nllb_moe": ("NllbMoeModel", "NllbMoeConfig", _NLLB),
-    "vitpose_backbone": (
-        "VitPoseBackbone",
-        "VitPoseBackboneConfig",
-        {
-            "image_size": [32, 32],
-            "patch_size": [16, 16],
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_experts": 3,
-            "part_features": 8,
-        },
-    ),
-}
+# those of the catalogue that stand outside
+FAMILIES = {family.name: family for family in CATALOGUE if family.adapt}
 
 
 def build_adaptable(family: str, *, dtype: torch.dtype = torch.float32) -> Any:
     """A tiny model of the family in eval mode with seeded weights."""
-    model_name, config_name, options = FAMILIES[family]
-    config = getattr(importlib.import_module(f"transformers.models.{family}.configuration_{family}"), config_name)
-    kind = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), model_name)
-    model = kind._from_config(config(**options), dtype=dtype)
-    fill_weights(model)
-    return model.eval()
+    return build_model(FAMILIES[family], dtype=dtype)
+
+
+def exact_of(model: Any) -> Any:
+    """A copy in fp64; experts of transformers' interface, where they are inside other blocks, run their own loop."""
+    exact = copy.deepcopy(model).double()
+    exact.set_experts_implementation("eager")
+    return exact
 
 
 def inputs_of(model: Any, *, seed: int = 0, length: int = 9) -> dict[str, Any]:
@@ -158,17 +34,17 @@ def inputs_of(model: Any, *, seed: int = 0, length: int = 9) -> dict[str, Any]:
         pixels = torch.randn(1, 3, 32, 32, generator=generator)
         return {"pixel_values": pixels, "dataset_index": torch.tensor([1])}
     ids = torch.randint(1, 96, (2, length), generator=generator)
-    if type(model).__name__ == "NllbMoeModel":
-        return {"input_ids": ids, "decoder_input_ids": ids.flip(1), "use_cache": False}
-    return {"input_ids": ids} if "Encoder" in type(model).__name__ else {"input_ids": ids, "use_cache": False}
-
-
-def output_of(run: Any, inputs: dict[str, Any]) -> Tensor:
-    """Logits, or the last hidden states of a model without a head."""
-    out = run(**inputs)
-    if hasattr(out, "feature_maps"):
-        return out.feature_maps[-1]
-    return out.logits if hasattr(out, "logits") else out.last_hidden_state
+    if model.config.is_encoder_decoder:
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "decoder_input_ids": ids.flip(1),
+            "use_cache": False,
+        }
+    if "TokenClassification" in type(model).__name__:
+        return {"input_ids": ids}
+    kinds = {"moe_mm_token_type_ids": (ids % 3 == 0).int()} if "VLMoe" in type(model).__name__ else {}
+    return {"input_ids": ids, "use_cache": False, **kinds}
 
 
 class Mlp(nn.Module):

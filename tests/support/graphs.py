@@ -6,18 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lowering.graph.pipeline import run_passes
+from lowering.inductor.interpret import GraphPass, backend_with
 from lowering.inductor.passes import register_lowerings
 from lowering.state import is_enabled
 
-GraphPass = Callable[[Graph], Any]
+__all__ = ["GraphPass", "applied", "backend_with", "calls", "no_pass", "stop_at_lowerings", "trace"]
 
 
 def trace(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
@@ -37,33 +36,8 @@ def applied(graph_pass: GraphPass, module: GraphModule) -> GraphModule:
     return module
 
 
-def backend_with(graph_pass: GraphPass, *, lower: bool = False) -> Any:
-    """A backend for `torch.compile` that runs the pass where Inductor runs its joint passes, then runs the graph.
-
-    lower: before that the graph goes through Inductor's lowerings, for what they record; no code is made of it.
-    """
-
-    def run(module: GraphModule, example_inputs: Any) -> Any:
-        if lower:
-            _lower(module, example_inputs)
-        return make_boxed_func(module.forward)
-
-    def run_inference(module: GraphModule, example_inputs: Any) -> Any:
-        return run(applied(graph_pass, module), example_inputs)
-
-    def partition(joint: GraphModule, *args: Any, **options: Any) -> Any:
-        return min_cut_rematerialization_partition(applied(graph_pass, joint), *args, **options)
-
-    return aot_autograd(
-        fw_compiler=run,
-        bw_compiler=run,
-        inference_compiler=run_inference,
-        partition_fn=partition,
-        decompositions=select_decomp_table,
-    )
-
-
 def _lower(module: GraphModule, example_inputs: Any) -> None:
+    """Take the graph through Inductor's lowerings, for what they record; no code is made of it."""
     from torch._dynamo.utils import detect_fake_mode
     from torch._inductor.fx_passes.post_grad import view_to_reshape
     from torch._inductor.graph import GraphLowering
@@ -79,7 +53,7 @@ def _lower(module: GraphModule, example_inputs: Any) -> None:
 
 def stop_at_lowerings(monkeypatch: Any) -> None:
     """Until the test ends, Inductor generates nothing: its lowerings run and record, and the graph is interpreted."""
-    backend = backend_with(lambda graph: run_passes(graph) if is_enabled() else graph, lower=True)
+    backend = backend_with(lambda graph: run_passes(graph) if is_enabled() else graph, before_run=_lower)
     monkeypatch.setattr(
         "torch._inductor.compile_fx.compile_fx", lambda graph, inputs, **options: backend(graph, inputs)
     )

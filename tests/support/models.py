@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffulex.families.build import fill_weights
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSizes:
@@ -118,24 +120,6 @@ def build_model(
     model = model_class._from_config(config, dtype=dtype, **chosen)  # type: ignore[attr-defined]
     fill_weights(model, seed=seed)
     return model.to(device).eval()
-
-
-def fill_weights(model: nn.Module, *, seed: int = 0) -> None:
-    """Give every parameter a value that matters: matrices keep the size of their inputs, norms stand around 1, biases,
-    the selection bias of routers among them, around 0. Same values for every dtype, up to rounding.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    selection = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *selection]:
-            noise = torch.randn(tensor.shape, generator=generator)
-            tensor.copy_(_scaled(name, noise))
-
-
-def _scaled(name: str, noise: Tensor) -> Tensor:
-    if noise.dim() < 2:
-        return 1 + 0.1 * noise if "norm" in name else 0.1 * noise
-    return noise if "embed" in name else noise * noise.shape[-1] ** -0.5
 
 
 def token_ids(model: Any, *shape: int, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Lists and dicts of expert modules with a forward of their own, called with ids or a mask (Switch Transformers)."""
+"""Lists and dicts of expert modules with a forward of their own, called with ids (NLLB) or a mask (Switch)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class MaskedExperts(StackedExperts):
 
 
 class ListedExperts(StackedExperts):
-    """Experts called with the numbers of a token's experts."""
+    """Experts called with the numbers of a token's experts. Dropout of whole tokens is a factor in eval mode (NLLB)."""
 
     adapted_form = "Linears, called with ids"
 
@@ -41,6 +41,8 @@ class ListedExperts(StackedExperts):
         hidden_states, top_k_index, top_k_weights = self.bound(args, kwargs)
         if not self.runs_ops(hidden_states):
             return super().forward(*args, **kwargs)
+        if not self.training:
+            top_k_weights = top_k_weights * (1 - getattr(self, "moe_token_dropout", 0))
         return self.stacked(hidden_states, top_k_index, weights_TK=top_k_weights)
 
 

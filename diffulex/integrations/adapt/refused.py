@@ -13,10 +13,6 @@ _DETAILS = {
         "the data set of an image picks the expert, without a router, and each expert is one Linear that makes part of"
         " the features"
     ),
-    "NllbMoeExperts": (
-        "transformers passes it a 0/1 mask where it expects the numbers of experts, so that only its first two run:"
-        " the trained model's routing is not what this computes"
-    ),
 }
 
 

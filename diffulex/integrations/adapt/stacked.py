@@ -280,8 +280,9 @@ def _realign(module: Any, _: Any) -> None:
 
 
 def list_of_experts(container: Any) -> list[nn.Module]:
-    """The children of a list or dict of modules, in order, one as often as it is there."""
-    return list(container.values() if isinstance(container, nn.ModuleDict) else container)
+    """The children of a list or dict of modules, in order, one as often as it is there; dropout beside them is none."""
+    children = container.values() if isinstance(container, nn.ModuleDict) else container
+    return [child for child in children if not isinstance(child, nn.Dropout)]
 
 
 def each_expert(module: Any, generator: torch.Generator, *, options: StackedOptions) -> Tensor:

@@ -13,8 +13,10 @@ from lowering.errors import Reason, ReasonCode
 from .dense import dense
 from .flat import flat
 from .form import Adapted, Candidate, weights_reason
+from .interface import interface, runs_own_loop
 from .linears import linears
 from .loop import loop
+from .modalities import modalities
 from .packed import packed
 from .parallel import parallel
 from .refused import refused
@@ -24,6 +26,8 @@ from .stacked import StackedExperts
 from .swap import try_swap, unswap
 
 FORMS: tuple[Callable[[nn.Module], Iterator[Candidate | Reason]], ...] = (
+    modalities,
+    interface,
     packed,
     flat,
     dense,
@@ -37,7 +41,8 @@ FORMS: tuple[Callable[[nn.Module], Iterator[Candidate | Reason]], ...] = (
 def adapt(model: nn.Module, *, undo: bool = False) -> AdaptReport:
     """Swap the experts modules of a model, in place, for ones that call the ops on the modules' own parameters.
 
-    Concerns experts that transformers' interface does not reach. Each is recognised by its parameters, children and
+    Concerns experts that transformers' interface does not reach, those that run their own loop under the name "eager"
+    among them, and blocks around experts that wait for the host. Each is recognised by its parameters, children and
     signature, and kept if it then returns on random inputs what it returned before, in the dtype of its weights, up
     to rounding, every expert and large values among them. A module that does something else in training, such as
     jitter or a loss of its own, runs its own code there, and the report says so. Parameters, their names and the state
@@ -137,8 +142,8 @@ def _final(module: nn.Module) -> Reason | None:
 
 
 def _interface(module: nn.Module) -> Reason | None:
-    """Whether the module goes through transformers' experts interface, which sets these attributes."""
-    if not hasattr(module, "has_gate") or not hasattr(module, "is_transposed"):
+    """Whether the interface of transformers leads the module away from its own loop."""
+    if runs_own_loop(module) is not False:
         return None
     chosen = getattr(getattr(module, "config", None), "_experts_implementation", None)
     return Reason(ReasonCode.INTERFACE, f"experts_implementation={chosen!r} of transformers' interface decides")

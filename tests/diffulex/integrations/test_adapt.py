@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import diffulex
+from diffulex.families.build import build_model, output_of
+from diffulex.families.catalogue import FAMILIES as CATALOGUE
 from lowering.errors import ReasonCode
 from tests.support.adaptable import (
     FAMILIES,
@@ -18,13 +20,13 @@ from tests.support.adaptable import (
     PackedExperts,
     SharedLoopBlock,
     build_adaptable,
+    exact_of,
     inputs_of,
-    output_of,
 )
 from tests.support.graphs import stop_at_lowerings
 from tests.support.oracle import CountOps, assert_oracle_ratio
 
-REFUSED = {"doge": "product keys", "nllb_moe": "0/1 mask", "vitpose_backbone": "data set"}
+REFUSED = {"doge": "product keys", "vitpose_backbone": "data set"}
 ADAPTED = {
     "aria": ("layers.0.mlp.experts", "layers.1.mlp.experts"),
     "dbrx": ("blocks.0.ffn.experts", "blocks.1.ffn.experts"),
@@ -37,7 +39,10 @@ ADAPTED = {
     "llama4": ("layers.0.feed_forward", "layers.1.feed_forward"),
     "longcat_flash": ("layers.0.mlp.experts", "layers.1.mlp.experts"),
     "step3p7": ("layers.0.mlp.experts", "layers.1.mlp.experts"),
-    "switch_transformers": ("block.1.layer.1.mlp.experts",),
+    "ernie4_5_vl_moe": ("layers.0.mlp", "layers.1.mlp"),
+    "nllb_moe": ("encoder.layers.1.ffn.experts", "decoder.layers.1.ffn.experts"),
+    "openai_privacy_filter": ("layers.0.mlp.experts", "layers.1.mlp.experts"),
+    "switch_transformers": ("encoder.block.1.layer.1.mlp.experts", "decoder.block.1.layer.2.mlp.experts"),
 }
 assert ADAPTED.keys() | REFUSED.keys() == FAMILIES.keys()
 STAGES = ("moe_dispatch", "moe_expert_up", "moe_expert_down", "moe_combine")
@@ -52,7 +57,7 @@ def _fresh_dynamo():
 
 def run(model, inputs):
     with torch.no_grad():
-        return output_of(model, inputs)
+        return output_of(model(**inputs))
 
 
 def adapted(family):
@@ -69,7 +74,7 @@ def adapted(family):
 def test_the_adapted_model_computes_what_the_model_does(family, dtype):
     model, _ = adapted(family)
     model, stock = model.to(dtype), build_adaptable(family).to(dtype)
-    exact = copy.deepcopy(stock).double()
+    exact = exact_of(stock)
     for length in (1, 9, 33):
         inputs = inputs_of(model, seed=length, length=length)
         with CountOps() as seen:
@@ -85,13 +90,12 @@ def test_the_adapted_model_computes_what_the_model_does(family, dtype):
 def test_every_layer_is_named_and_captured(family, monkeypatch):
     stop_at_lowerings(monkeypatch)
     model, report = adapted(family)
-    assert [layer.name.endswith(name) for layer, name in zip(report.layers, ADAPTED[family], strict=True)]
+    assert all(layer.name.endswith(name) for layer, name in zip(report.layers, ADAPTED[family], strict=True))
     assert not report.refused
     explained = diffulex.explain(model, **inputs_of(model))
     assert explained.all_captured, str(explained)
     assert len(explained.layers) == len(report.layers)
-    if family != "switch_transformers":  # its router converts itself in its forward, which Dynamo does not follow
-        assert (explained.graphs, explained.breaks) == (1, 0), str(explained)
+    assert (explained.graphs, explained.breaks) == (1, 0), str(explained)
 
 
 @pytest.mark.parametrize("family", ADAPTED)
@@ -101,8 +105,8 @@ def test_compiled(family, monkeypatch):
         stop_at_lowerings(monkeypatch)
     model, _ = adapted(family)
     stock = build_adaptable(family)
-    exact = copy.deepcopy(stock).double()
-    compiled = torch.compile(model, fullgraph=family != "switch_transformers")
+    exact = exact_of(stock)
+    compiled = torch.compile(model, fullgraph=True)
     for length in (9, 17):
         inputs = inputs_of(model, seed=length, length=length)
         torch._dynamo.mark_dynamic(inputs["input_ids"], 1)
@@ -132,10 +136,10 @@ def test_gradients_reach_the_parameters(family):
     """In eager mode, against the model's own code."""
     model, _ = adapted(family)
     stock = build_adaptable(family)
-    exact = copy.deepcopy(stock).double()
+    exact = exact_of(stock)
     inputs = inputs_of(model)
     for each in (model, stock, exact):
-        out = output_of(each, inputs)
+        out = output_of(each(**inputs))
         (out * torch.cos(torch.arange(out.numel(), dtype=out.dtype)).view(out.shape)).sum().backward()
     others, oracle = dict(stock.named_parameters()), dict(exact.named_parameters())
     experts = 0
@@ -152,9 +156,9 @@ def test_compiled_training(monkeypatch):
     stop_at_lowerings(monkeypatch)
     model, _ = adapted("step3p7")
     stock = build_adaptable("step3p7")
-    exact, inputs = copy.deepcopy(stock).double(), inputs_of(stock)
+    exact, inputs = exact_of(stock), inputs_of(stock)
     for call in (torch.compile(model, fullgraph=True), stock, exact):
-        output_of(call, inputs).square().sum().backward()
+        output_of(call(**inputs)).square().sum().backward()
     for name, parameter in model.named_parameters():
         others = [dict(each.named_parameters())[name].grad for each in (stock, exact)]
         if parameter.grad is not None:
@@ -176,10 +180,42 @@ def test_refused_by_name(family):
 
 
 def test_experts_of_the_interface_are_left_to_it():
-    from tests.support.models import build_model
-
-    report = diffulex.adapt(build_model("qwen3_moe"))
+    family = next(family for family in CATALOGUE if family.name == "qwen3_moe")
+    report = diffulex.adapt(build_model(family))
     assert [layer.reason.code for layer in report.layers] == [ReasonCode.INTERFACE] * 2
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "nemotron_h", "mixtral"])
+def test_experts_of_the_interface_that_run_their_own_loop(name):
+    """Transposed with biases, without a gate, and the usual form; undone they go back to their loop."""
+    family = next(family for family in CATALOGUE if family.name == name)
+    model = build_model(family)
+    model.set_experts_implementation("eager")
+    inputs = inputs_of(model)
+    before, report = run(model, inputs), diffulex.adapt(model)
+    assert [layer.form for layer in report.layers] == ["transformers' interface"] * 2
+    with CountOps() as seen:
+        out = run(model, inputs)
+    assert seen.calls["moe_expert_up"] == 2
+    assert_oracle_ratio(out, before, run(exact_of(build_model(family)), inputs).double())
+    report.undo()
+    assert torch.equal(run(model, inputs), before)
+
+
+@pytest.mark.parametrize("kinds", ["text", "both", None])
+def test_experts_by_modality(kinds):
+    """Which tokens are images, none, or nothing said about it: outputs and the routers' logits."""
+    model = build_adaptable("ernie4_5_vl_moe")
+    block = model.layers[0].mlp
+    hidden = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(3))
+    given = {"text": torch.zeros(2, 6).int(), "both": torch.arange(12).view(2, 6) % 3, None: None}[kinds]
+    with torch.no_grad():
+        wanted = block(hidden, given)
+        diffulex.adapt(model)
+        got = block(hidden, moe_mm_token_type_ids=given)
+        whole = torch.compile(block, fullgraph=True, backend="aot_eager")(hidden, given)
+    for ours in (got, whole):
+        torch.testing.assert_close(ours, wanted)
 
 
 def test_a_model_without_experts():

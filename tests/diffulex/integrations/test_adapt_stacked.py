@@ -10,7 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import diffulex
-from tests.support.adaptable import ListedExperts, LoopBlock, Mlp, build_adaptable, inputs_of, output_of
+from diffulex.families.build import output_of
+from tests.support.adaptable import ListedExperts, LoopBlock, Mlp, build_adaptable, inputs_of
 from tests.support.oracle import CountOps, assert_oracle_ratio
 
 
@@ -199,7 +200,7 @@ def test_states_hold_every_weight_once(tmp_path):
     loaded = type(again).from_pretrained(tmp_path)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in loaded.state_dict().items())
     with torch.no_grad():
-        torch.testing.assert_close(output_of(model, inputs_of(model)), output_of(loaded, inputs_of(model)))
+        torch.testing.assert_close(output_of(model(**inputs_of(model))), output_of(loaded(**inputs_of(model))))
 
 
 def test_undo_gives_parameters_tensors_of_their_own():
