@@ -109,7 +109,7 @@ def test_compiled(family, monkeypatch):
     compiled = torch.compile(model, fullgraph=True)
     for length in (9, 17):
         inputs = inputs_of(model, seed=length, length=length)
-        torch._dynamo.mark_dynamic(inputs["input_ids"], 1)
+        torch._dynamo.maybe_mark_dynamic(inputs["input_ids"], 1)  # other inputs may fix its length
         assert_oracle_ratio(run(compiled, inputs), run(stock, inputs), run(exact, inputs), what=f"{length} tokens")
 
 

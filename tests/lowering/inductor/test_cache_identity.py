@@ -56,7 +56,7 @@ EDITS = {
     ),
     "pass": (
         "lowering/graph/activation_pass.py",
-        "        formula = _simplified(text)\n",
+        "        formula = simplified_formula(text)\n",
         "        formula = _simplified(f'3.0 * ({text})')\n",
         3.0,
     ),
