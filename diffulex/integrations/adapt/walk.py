@@ -21,6 +21,7 @@ from .packed import packed
 from .parallel import parallel
 from .refused import refused
 from .report import AdaptReport, LayerAdaptation
+from .settled import settle_routers
 from .split import split
 from .stacked import StackedExperts
 from .swap import try_swap, unswap
@@ -87,6 +88,8 @@ class _Walk:
             return [layer]
         parts = [(f"{name}.{child}" if name else child, part) for child, part in module.named_children()]
         found = [found for part_name, part in parts for found in self.below(part_name, part)]
+        if any(isinstance(part, Adapted) for _, part in parts):
+            settle_routers(module)
         return found if layer is None else [layer, *(each for each in found if each.adapted)]
 
     def _adapt_one(self, name: str, module: nn.Module) -> LayerAdaptation | None:
@@ -94,6 +97,8 @@ class _Walk:
         kind = type(module).__name__
         if isinstance(module, Adapted):
             module.prepare()
+            if not module.adapted_form:  # a part of what another one needs
+                return None
             return LayerAdaptation(name, kind, form=module.adapted_form, training=module.own_training)
         final = _final(module)
         if final is not None:

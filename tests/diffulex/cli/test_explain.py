@@ -66,7 +66,7 @@ def test_weights_that_do_not_fit_into_memory(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(explain, "memory", lambda device: 64 * 10**9)
     assert main(["explain", str(tmp_path), "--device", "cpu"]) == 2
     shown = capsys.readouterr().err
-    assert "expected weights that fit into 64.0 GB of memory on cpu, got 512." in shown and "--layers" in shown
+    assert "expected weights that fit into 64.0 GB of memory on cpu, got 256." in shown and "--layers" in shown
 
 
 def test_memory_is_measured():

@@ -202,6 +202,18 @@ def test_experts_of_the_interface_that_run_their_own_loop(name):
     assert torch.equal(run(model, inputs), before)
 
 
+def test_a_router_that_converts_itself():
+    """Nothing is converted that has the dtype already; a second look finds the same modules of experts."""
+    model = build_adaptable("switch_transformers")
+    first = diffulex.adapt(model)
+    assert [layer.name for layer in diffulex.adapt(model).layers] == [layer.name for layer in first.layers]
+    classifier = model.encoder.block[1].layer[1].mlp.router.classifier
+    assert type(classifier) is not nn.Linear and classifier.to(torch.float32) is classifier
+    assert classifier.to(torch.float64).weight.dtype == torch.float64
+    first.undo()
+    assert type(classifier) is nn.Linear
+
+
 @pytest.mark.parametrize("kinds", ["text", "both", None])
 def test_experts_by_modality(kinds):
     """Which tokens are images, none, or nothing said about it: outputs and the routers' logits."""
