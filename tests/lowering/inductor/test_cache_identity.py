@@ -57,7 +57,7 @@ EDITS = {
     "pass": (
         "lowering/graph/activation_pass.py",
         "        formula = simplified_formula(text)\n",
-        "        formula = _simplified(f'3.0 * ({text})')\n",
+        "        formula = simplified_formula(f'3.0 * ({text})')\n",
         3.0,
     ),
     # not read on the CPU, so the result stays
