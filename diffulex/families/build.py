@@ -44,8 +44,18 @@ def options_of(name: str, defaults: Any, *, options: dict[str, Any] | None = Non
         known = {family.name: family.options for family in reversed(FAMILIES)}
         options = known.get(name.removesuffix("_text").replace("-", "_"), {})
     options = {key: value for key, value in options.items() if key not in _PARTS or hasattr(defaults, key)}
-    parts = {part: {**small_options(getattr(defaults, part)), **options[part]} for part in _PARTS if part in options}
+    parts = {
+        part: {**small_options(_part(defaults, part, options)), **options[part]} for part in _PARTS if part in options
+    }
     return {**small_options(defaults), **options, **parts}
+
+
+def _part(defaults: Any, name: str, options: dict[str, Any]) -> Any:
+    """The configuration that stands in another one under this name; some releases have none there by default."""
+    from transformers import AutoConfig
+
+    own = getattr(defaults, name)
+    return AutoConfig.for_model(options[name]["model_type"]) if own is None else own
 
 
 def build_model(family: Family, *, dtype: torch.dtype = torch.float32) -> Any:

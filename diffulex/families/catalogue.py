@@ -170,7 +170,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "diffusion_gemma",
         "DiffusionGemmaModel",
-        {"text_config": {}, "vision_config": {"position_embedding_size": 16}},
+        {"text_config": {}, "vision_config": {"model_type": "gemma4_vision", "position_embedding_size": 16}},
         inputs="prompt_and_canvas",
         layers=4,
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,24 +70,27 @@ def measure(family: Family, counts: Sequence[int] = COUNTS, *, codegen: bool = F
     """The row of a family. `codegen`: let Inductor generate code, instead of running the rewritten graphs."""
     if not is_installed(family):
         return Row(family, tuple(counts), installed=False)
-    row, started, problem = Row(family, tuple(counts)), time.process_time(), ""
-    try:
-        stock = _run_stock(family, counts)
-    except Exception as error:  # a table has a row for it, and goes on
-        problem = f"stock eager fails: {_told(error)}"
+    row, started = Row(family, tuple(counts)), time.process_time()
+    model, problem = _attempt(lambda: build_model(family))
     if problem:
-        return dataclasses.replace(row, problem=problem, stock_fails=True)
+        return dataclasses.replace(row, problem=f"the model cannot be built: {problem}")
+    stock, problem = _attempt(lambda: _run_stock(model, family, counts=counts))
+    if problem:
+        return dataclasses.replace(row, problem=f"stock eager fails: {problem}", stock_fails=True)
+    measured, problem = _attempt(lambda: _measured(row, stock, codegen=codegen))
+    reset_dynamo()
+    if problem:
+        return dataclasses.replace(row, problem=problem)
+    return dataclasses.replace(measured, seconds=round(time.process_time() - started, 1))
+
+
+def _attempt(function: Callable[[], Any]) -> tuple[Any, str]:
+    """(what it returns, "") or (None, what it raised): a table has a row for that, and goes on."""
     try:
-        row = _measured(row, stock, codegen=codegen)
-        return dataclasses.replace(row, seconds=round(time.process_time() - started, 1))
-    except Exception as error:  # as above
-        return dataclasses.replace(row, problem=_told(error))
-    finally:
-        reset_dynamo()
-
-
-def _told(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        result, problem = function(), ""
+    except Exception as error:
+        result, problem = None, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return result, problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +103,7 @@ class _Stock:
     exact: list[Tensor]
 
 
-def _run_stock(family: Family, counts: Sequence[int]) -> _Stock:
-    model = build_model(family)
+def _run_stock(model: Any, family: Family, *, counts: Sequence[int]) -> _Stock:
     inputs = [inputs_of(family, model, count=count) for count in counts]
     oracle = Oracle(model)
     exact = [oracle(lambda given: output_of(oracle.model(**given)), given) for given in inputs]

@@ -161,9 +161,7 @@ class _Mlp:
         dtypes = {tensor_of(node).dtype for node in (*weights, last, self.up, self.down)}  # type: ignore[arg-type]
         require(len(dtypes) == 1, f"dtypes {dtypes}", code=ReasonCode.DTYPE)
         own = {self.down, *self.leaves}
-        before = ancestors(
-            routed_down, stop=lambda node: node is self.root
-        )  # what is behind the root is no part of own
+        before = ancestors(routed_down, stop=lambda node: node is self.root)  # nothing of it is behind the root
         require(own.isdisjoint(before), "the experts depend on it", code=ReasonCode.SHARED_USE)
         matrices: list[Any] = [*weights[1:], last]
         behind = {source for node in matrices for source in ancestors(node, stop=lambda _: False)}
@@ -218,6 +216,7 @@ class _Mlp:
     def _weights(self, *, gated: bool) -> tuple[Node, ...]:
         """(rows [T, D], w1 [S, D], w3 [S, D] if gated); w3 and w1 are one node where they are halves of one weight."""
         require(self.layouts <= {"halves"}, "gate and up columns alternate")
+        require(gated or not self.layouts, "it leaves half of a product unread")
         wanted = 2 if gated and not self.layouts else 1
         require(len(self.leaves) == wanted, f"it has {len(self.leaves)} first products")
         products = sorted(self.leaves, key=self.leaves.__getitem__)

@@ -18,7 +18,7 @@ from ..errors import Reason, ReasonCode
 from ..report import OWN_KERNEL, layer_of, record
 from ..schedule.device import device_spec
 from ..schedule.schedule import TMA_ALIGNMENT, GemmShape, Schedule, tma_refusal
-from ..templates.eager import dot_precision, gemm_constants, power_of_two
+from ..templates.eager import dot_precision, down_variant, gemm_constants, power_of_two, up_variant
 from ..templates.render import ExpertGemmVariant, GradWeightVariant
 from . import _compat
 from .early import begins_early, told
@@ -197,14 +197,7 @@ def _moe_expert_up(
         )
     act = canonical(act)
     width = intermediate_size(act, _compat.static_size(w13.get_size()[1]))
-    variant = ExpertGemmVariant(
-        gather=True,
-        scatter=False,
-        bias=b13 is not None,
-        act=act,
-        interleaved=interleaved,
-        precision=dot_precision(hidden.get_dtype()),
-    )
+    variant = up_variant(hidden.get_dtype(), act=act, bias=b13 is not None, interleaved=interleaved)
     inputs = [hidden, w13, *([] if b13 is None else [b13]), order, offsets]
     return expert_gemm("moe_expert_up", variant, inputs=inputs, top_k=top_k, width=width)
 
@@ -214,12 +207,7 @@ def _moe_expert_down(act: Any, w2: Any, b2: Any, order: Any, offsets: Any) -> An
     reason = refusal(act)
     if reason is not None:
         return fallback_noted(_OPS.moe_expert_down.default, reason, act, w2, b2, order, offsets)
-    variant = ExpertGemmVariant(
-        gather=False,
-        scatter=True,
-        bias=b2 is not None,
-        precision=dot_precision(act.get_dtype()),
-    )
+    variant = down_variant(act.get_dtype(), bias=b2 is not None)
     inputs = [act, w2, *([] if b2 is None else [b2]), order, offsets]
     width = _compat.static_size(w2.get_size()[1])
     return expert_gemm("moe_expert_down", variant, inputs=inputs, top_k=1, width=width)

@@ -19,7 +19,7 @@ from ..graph.dataflow import arguments
 from ..ops.moe_expert_up_shared import shared_expert_up
 from ..report import layer_of, record
 from ..schedule.schedule import Schedule
-from ..templates.eager import dot_precision
+from ..templates.eager import down_variant, up_variant
 from ..templates.render import ExpertGemmVariant
 from . import _compat
 from .lowerings import SharedTiles, expert_gemm, gemm_schedule, refusal
@@ -95,15 +95,7 @@ def _moe_expert_up_shared(
     interleaved: bool = False,
 ) -> Any:
     act = canonical(act)
-    variant = ExpertGemmVariant(
-        gather=True,
-        scatter=False,
-        bias=b13 is not None,
-        act=act,
-        interleaved=interleaved,
-        precision=dot_precision(hidden.get_dtype()),
-        shared=True,
-    )
+    variant = up_variant(hidden.get_dtype(), act=act, bias=b13 is not None, interleaved=interleaved, shared=True)
     shared = (shared_hidden, shared_w1, *([] if shared_w3 is None else [shared_w3]))
     reason, schedule, tiles = _tiles(variant, (hidden, w13), shared, rows=order.get_size()[0], top_k=top_k)
     if reason is not None:
@@ -124,9 +116,7 @@ def _moe_expert_up_shared(
 def _moe_expert_down_shared(
     act: Any, w2: Any, b2: Any, order: Any, offsets: Any, shared: Any, shared_w2: Any, top_k: int
 ) -> Any:
-    variant = ExpertGemmVariant(
-        gather=False, scatter=True, bias=b2 is not None, precision=dot_precision(act.get_dtype()), shared=True
-    )
+    variant = down_variant(act.get_dtype(), bias=b2 is not None, shared=True)
     reason, schedule, tiles = _tiles(variant, (act, w2), (shared, shared_w2), rows=order.get_size()[0], top_k=top_k)
     if reason is not None:
         _note_beside("down", reason)

@@ -27,6 +27,26 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
+def up_variant(
+    dtype: torch.dtype, *, act: str, bias: bool, interleaved: bool = False, shared: bool = False
+) -> ExpertGemmVariant:
+    """The kernel of the up stage over operands of this dtype, before it is scheduled."""
+    return ExpertGemmVariant(
+        gather=True,
+        scatter=False,
+        bias=bias,
+        act=act,
+        interleaved=interleaved,
+        precision=dot_precision(dtype),
+        shared=shared,
+    )
+
+
+def down_variant(dtype: torch.dtype, *, bias: bool, shared: bool = False) -> ExpertGemmVariant:
+    """The kernel of the down stage over operands of this dtype, before it is scheduled."""
+    return ExpertGemmVariant(gather=False, scatter=True, bias=bias, precision=dot_precision(dtype), shared=shared)
+
+
 def power_of_two(number: int) -> int:
     """The smallest power of two >= number, at least 2: block sizes of index vectors."""
     return max(2, 1 << (number - 1).bit_length())
@@ -138,14 +158,7 @@ def moe_expert_up(
     rows = order_N.shape[0]
     top_k = rows // max(1, hidden_TH.shape[0])
     out_NI = hidden_TH.new_empty(rows, intermediate_size(act, w13_EJH.shape[1]))
-    variant = ExpertGemmVariant(
-        gather=True,
-        scatter=False,
-        bias=b13_EJ is not None,
-        act=act,
-        interleaved=interleaved,
-        precision=dot_precision(hidden_TH.dtype),
-    )
+    variant = up_variant(hidden_TH.dtype, act=act, bias=b13_EJ is not None, interleaved=interleaved)
     tensors = {"A": hidden_TH, "W": w13_EJH, "ORDER": order_N, "OFFSETS": offsets_E1, "OUT": out_NI}
     if b13_EJ is not None:
         tensors["BIAS"] = b13_EJ
@@ -164,12 +177,7 @@ def moe_expert_down(
 ) -> Tensor:
     """CUDA kernel of `diffulex::moe_expert_down`: slots_NH [N, H] in the dtype of act (fp32, fp16 or bf16)."""
     out_NH = act_NI.new_empty(act_NI.shape[0], w2_EHI.shape[1])
-    variant = ExpertGemmVariant(
-        gather=False,
-        scatter=True,
-        bias=b2_EH is not None,
-        precision=dot_precision(act_NI.dtype),
-    )
+    variant = down_variant(act_NI.dtype, bias=b2_EH is not None)
     tensors = {"A": act_NI, "W": w2_EHI, "ORDER": order_N, "OFFSETS": offsets_E1, "OUT": out_NH}
     if b2_EH is not None:
         tensors["BIAS"] = b2_EH

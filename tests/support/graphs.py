@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -16,7 +17,7 @@ from lowering.inductor.interpret import GraphPass, backend_with
 from lowering.inductor.passes import register_lowerings
 from lowering.state import is_enabled
 
-__all__ = ["GraphPass", "applied", "backend_with", "calls", "no_pass", "stop_at_lowerings", "trace"]
+__all__ = ["GraphPass", "applied", "backend_with", "calls", "no_pass", "stop_at_lowerings", "trace", "trace_fakes"]
 
 
 def trace(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
@@ -25,6 +26,24 @@ def trace(function: Callable[..., Any], *inputs: Tensor) -> GraphModule:
     module = tracer(*inputs)
     module.graph.eliminate_dead_code()
     module.recompile()
+    return module
+
+
+def trace_fakes(
+    function: Callable[..., Any], make_inputs: Callable[[], tuple[Tensor, Tensor, dict[str, Tensor]]]
+) -> GraphModule:
+    """The same of a function of two tensors and further ones by name, made under a fake mode: CUDA needs no device.
+
+    Tensors have any shape [T, H] and dtype.
+    """
+    with FakeTensorMode():
+        first, second, others = make_inputs()
+        tracer = make_fx(
+            lambda first, second, *values: function(first, second, dict(zip(others, values, strict=True))),
+            decomposition_table=select_decomp_table(),
+        )
+        module = tracer(first, second, *others.values())
+    module.graph.eliminate_dead_code()  # what decompositions leave behind
     return module
 
 

@@ -56,6 +56,11 @@ def assert_oracle_ratio(ours: Tensor, eager: Tensor, oracle: Tensor, *, what: st
     assert not problem, f"{what}: {problem}"
 
 
+def joined(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
+    """The function with all its outputs, of any shapes [N, H] and one dtype, in one vector."""
+    return lambda *args: torch.cat([value.flatten() for value in function(*args)])
+
+
 def random_like(tensor: Tensor, *, seed: int = 9) -> Tensor:
     """Normal values of the shape, dtype and device of a tensor; the same on every device, without a gradient."""
     generator = torch.Generator().manual_seed(seed)

@@ -46,6 +46,12 @@ def test_a_stock_model_that_fails_is_a_reason():
     assert not unknown(row) and not is_whole(row)
 
 
+def test_a_model_that_cannot_be_built_is_no_reason():
+    row = measure(dataclasses.replace(family_of("mixtral"), options={"num_hidden_layers": -1, "layer_types": 5}))
+    assert row.problem.startswith("the model cannot be built: ") and not row.stock_fails
+    assert unknown(row) == 2
+
+
 def test_a_failure_of_ours_is_no_reason(monkeypatch):
     def failing(*args, **kwargs):
         raise ZeroDivisionError("ours")

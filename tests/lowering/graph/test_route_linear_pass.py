@@ -20,7 +20,7 @@ from lowering.graph.regions import find_regions
 from lowering.graph.route_linear_pass import route_linear_pass
 from lowering.graph.router_linear_pass import router_linear_pass
 from lowering.spec import RoutingSpec
-from tests.support.graphs import applied, calls
+from tests.support.graphs import applied, calls, trace_fakes
 from tests.support.oracle import assert_oracle_ratio
 
 T, H, E, K, WIDTH = 6, 16, 8, 2, 4
@@ -111,16 +111,7 @@ def inputs(device="cpu"):
 
 def traced(function, device="cuda"):
     """The graph of a function on fake tensors, so that CUDA needs no device."""
-    with FakeTensorMode():
-        x, w, values = inputs(device)
-        names = list(values)
-        tracer = make_fx(
-            lambda x, w, *given: function(x, w, dict(zip(names, given, strict=True))),
-            decomposition_table=select_decomp_table(),
-        )
-        module = tracer(x, w, *values.values())
-    module.graph.eliminate_dead_code()
-    return module
+    return trace_fakes(function, lambda: inputs(device))
 
 
 def passed(function, **options):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._inductor.decomposition import select_decomp_table
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import gelu, linear, silu
 
 from lowering import ops
@@ -14,7 +11,7 @@ from lowering.errors import ReasonCode
 from lowering.graph import shared_expert_pass as module_of_the_pass
 from lowering.graph.dataflow import sort_nodes
 from lowering.graph.shared_expert_pass import shared_expert_pass
-from tests.support.graphs import applied, calls
+from tests.support.graphs import applied, calls, trace_fakes
 
 T, K, E, H, WIDTH, SHARED = 6, 2, 4, 16, 8, 12
 
@@ -63,6 +60,13 @@ def interleaved(x, ids, p):
     pre = linear(x, p["gate_up"])
     gate, up = (torch.ops.aten.slice.Tensor(pre, 1, start, 2 * SHARED, 2) for start in range(2))
     return experts(x, ids, p) + linear(silu(gate) * up, p["down"])
+
+
+def half_unread(x, ids, p):
+    """Experts without a gate, and an MLP that reads one half of its first product."""
+    pre = torch.ops.aten.slice.Tensor(linear(x, p["gate_up"]), 1, 0, SHARED)
+    routed = experts(x, ids, {**p, "w13": p["w1"]}, "square(relu(g))")
+    return routed + linear(torch.relu(pre).square(), p["down"])
 
 
 def other_dtype(x, ids, p):
@@ -115,6 +119,7 @@ LEFT = {
     "cycle": (cycle, ReasonCode.SHARED_USE),
     "impure": (impure, ReasonCode.SHARED_USE),
     "interleaved": (interleaved, ReasonCode.STRUCTURE),
+    "half_unread": (half_unread, ReasonCode.STRUCTURE),
     "other_dtype": (other_dtype, ReasonCode.DTYPE),
     "other_rows": (other_rows, ReasonCode.STRUCTURE),
     "depending": (depending, ReasonCode.SHARED_USE),
@@ -162,23 +167,9 @@ def inputs(device="cpu", dtype=torch.float32):
 
 def traced(function, device="cuda"):
     """The module after the pass and what it found; on fake tensors, so that CUDA needs no device."""
-    with FakeTensorMode():
-        x_TH, ids_TK, values = inputs(device)
-        names = list(values)
-        tracer = make_fx(
-            lambda x, ids, *given: function(x, ids, dict(zip(names, given, strict=True))),
-            decomposition_table=select_decomp_table(),
-        )
-        module = tracer(x_TH, ids_TK, *values.values())
-    module.graph.eliminate_dead_code()  # what decompositions leave behind
     found = []
-    module = applied(lambda graph: shared_expert_pass(graph, record=found.append), module)
-    return module, found
-
-
-def computed(module):
-    x_TH, ids_TK, values = inputs()
-    return module(x_TH, ids_TK, *values.values())
+    module = trace_fakes(function, lambda: inputs(device))
+    return applied(lambda graph: shared_expert_pass(graph, record=found.append), module), found
 
 
 @pytest.mark.parametrize("function", TAKEN.values(), ids=TAKEN)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import silu
 
@@ -17,14 +17,12 @@ from lowering.inductor.offline import compile_kernels, offline_source
 from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
 from lowering.schedule.schedule import Loop, Schedule
-from tests.support.interpreter import interpreter
-from tests.support.oracle import assert_oracle_ratio
+from tests.lowering.inductor.test_generated_block import ONCE, WIDTH, E, H, K, check
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: nothing to fake")
 
 ops = torch.ops.diffulex
-ONCE = (Phase.explicit, Phase.generate)  # shrinking would take hundreds of interpreted runs
-E, H, WIDTH, K, SHARED = 5, 32, 24, 3, 40
+SHARED = 40
 
 
 def experts(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI, act):
@@ -79,12 +77,6 @@ def code():
 @pytest.fixture(scope="module")
 def ungated_code():
     return generated(ungated, ungated_inputs(16, 0))
-
-
-def check(code, fn, tensors):
-    (out,) = interpreter().graph(code, fn, tensors)
-    double = [tensor.double() if tensor.is_floating_point() and tensor.shape[-1] != K else tensor for tensor in tensors]
-    assert_oracle_ratio(out, fn(*tensors), fn(*double))
 
 
 def test_the_shared_expert_costs_no_kernel(code, ungated_code):

@@ -9,7 +9,7 @@ from lowering.ops import moe_expert_up, moe_expert_up_shared
 from lowering.reference.moe_expert_up_shared import moe_expert_up_shared_reference
 from tests.support.catalogue import assert_refused, named
 from tests.support.inputs import DEVICES, FORMS, LOW_DTYPES, WIDE_FORMS, cast, up_shared_args, with_grad
-from tests.support.oracle import assert_near_exact, assert_oracle_ratio, gradients
+from tests.support.oracle import assert_near_exact, assert_oracle_ratio, gradients, joined
 
 SHARED = ("plain", "ungated", "biased", "interleaved", "transposed", "sentinels", "no_tokens", "one_token", "top1")
 
@@ -42,12 +42,8 @@ def test_error_ratio(name, dtype, device):
 @pytest.mark.parametrize("name", ["plain", "ungated", "biased"])
 def test_gradients_equal_those_of_the_reference(name):
     args = with_grad(up_shared_args(FORMS[name]))
-
-    def both(function):
-        return lambda *given: torch.cat([value.flatten() for value in function(*given)])
-
-    grad = torch.randn(both(moe_expert_up_shared)(*args).shape, dtype=torch.float64)
-    ours, wanted = (gradients(both(function), args, grad) for function in (moe_expert_up_shared, reference))
+    grad = torch.randn(joined(moe_expert_up_shared)(*args).shape, dtype=torch.float64)
+    ours, wanted = (gradients(joined(function), args, grad) for function in (moe_expert_up_shared, reference))
     assert set(ours) == set(wanted) >= {0, 1, 5, 6}
     for position, oracle in wanted.items():
         assert_near_exact(ours[position], oracle, what=f"gradient {position}")
