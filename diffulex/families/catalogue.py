@@ -203,7 +203,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "glm5_next",
         "Glm5NextTextModel",
-        {"qk_rope_head_dim": 0, "head_dim": 0, "layer_types": ["indexed_attention"] * 2},
+        {"qk_rope_head_dim": 0, "head_dim": 0, **_FULL},
         note="its attention drops the pools of keys that nobody sees by a boolean mask, whose sum the host waits for",
     ),
     Family("glm_moe_dsa", "GlmMoeDsaForCausalLM"),
