@@ -95,6 +95,15 @@ def schedule_of(rows: Any, shape: GemmShape, *, device: torch.device) -> tuple[S
     return chosen.schedules[shapes.index(shape)], chosen.max_rows
 
 
+def planned_schedule(rows: Any, node: torch.fx.Node, *, device: torch.device) -> Schedule | None:
+    """The schedule that the GEMM of an FX node will get; None while a size of its weight is symbolic."""
+    shape = _shape_of(node)
+    if shape is None:
+        return None
+    shapes = _planned_with(shape, node)
+    return row_range(rows, shapes, device=device_spec(device.index or 0)).schedules[shapes.index(shape)]
+
+
 def rows_bound(rows: Any, dispatch: torch.fx.Node | None, *, device: torch.device) -> int | None:
     """The largest row count the graph being lowered is for, where its expert GEMMs bound it; for `moe_dispatch`."""
     known = _compat.known_size(rows)

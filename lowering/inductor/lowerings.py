@@ -23,6 +23,7 @@ from ..templates.render import ExpertGemmVariant, GradWeightVariant
 from . import _compat
 from .early import begins_early, told
 from .gemm_plan import gemm_shape, pointers_reason, schedule_of
+from .unsorted_slots import take_unsorted
 
 _OPS = torch.ops.diffulex
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -139,7 +140,10 @@ def expert_gemm(
     """
     inputs = _compat.realize_inputs(*inputs)
     weight = inputs[1]
-    rows = inputs[-2].get_size()[0]
+    _compat.freeze_layout(weight)  # what is computed here could still be laid out otherwise than the kernel's text says
+    written = inputs[-2:]  # by whoever sorts
+    rows = written[0].get_size()[0]
+    unsorted = take_unsorted(written[0])
     if schedule is None:
         schedule, _ = gemm_schedule(weight, rows, act=variant.act)
     sizes, strides, shape = _weight_shape(weight, variant.act)
@@ -153,7 +157,12 @@ def expert_gemm(
     constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
     if schedule.loop.tma:
         constants["PROGRAMS"] = device_spec(weight.get_device().index or 0).num_sms
-    mutated = None
+    mutated: list[Any] = []
+    out = None
+    if unsorted is not None:
+        ids, constants["SLOTS_POW2"] = unsorted
+        inputs += [ids]
+        mutated += written
     if shared is not None:
         depth = math.gcd(depth, shared.depth)
         constants |= {"SHARED_N": shared.width, "SLOTS": shared.slots}
@@ -161,8 +170,8 @@ def expert_gemm(
         out = _compat.empty_strided([tokens, shared.width], None, dtype=weight.get_dtype(), device=weight.get_device())
         out.realize()
         inputs += _compat.realize_inputs(shared.hidden, *shared.weights, out)
-        mutated = inputs[-1:]
-    variant = variant.scheduled(schedule, depth=depth)
+        mutated += inputs[-1:]
+    variant = dataclasses.replace(variant, sorts=unsorted is not None).scheduled(schedule, depth=depth, strides=strides)
     template = _template(variant.name, variant.source(), _gemm_grid)
     early = begins_early(weight.get_device())
     result = _compat.run_template(
@@ -172,11 +181,12 @@ def expert_gemm(
         num_warps=schedule.num_warps,
         num_stages=schedule.num_stages,
         constants=constants,
-        mutated_inputs=mutated,
+        mutated_inputs=mutated or None,
         early=early,
     )
-    note(op, f"triton {template.name} {schedule}{told(early)}", reason=reason)
-    return result if mutated is None else (result, out)
+    sorts = "" if unsorted is None else ", sorts the slots"
+    note(op, f"triton {template.name} {schedule}{sorts}{told(early)}", reason=reason)
+    return result if out is None else (result, out)
 
 
 @_compat.register_lowering(_OPS.moe_expert_up.default, type_promotion_kind=None)

@@ -1,13 +1,11 @@
 """Inductor lowering of a router with its product: two kernels where tokens are few, else the product and `moe_route`.
 
-As many programs as a device has multiprocessors add up parts of the product, and the routing adds up the parts. For one
-token, with few experts for some, the routing sorts the slots as well; the `moe_dispatch` behind it hands them on.
+As many programs as a device has multiprocessors add up parts of the product, and the routing adds up the parts.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import torch
@@ -15,17 +13,16 @@ from torch import Tensor
 
 from .. import ops  # noqa: F401  the ops have to exist
 from ..errors import Reason, ReasonCode
-from ..graph.dataflow import arguments, has_shape, is_op, origin, outputs, tensor_of
+from ..graph.dataflow import arguments, has_shape, is_output, origin, outputs, tensor_of
 from ..ops.moe_route import Constants, moe_route, route_columns, route_constants, split_options, triton_dtype
 from ..ops.moe_route_linear import RouteLinearSchedule, route_linear_schedule
 from ..report import layer_of, record
 from ..spec import RoutingSpec
-from ..templates.eager import power_of_two
 from . import _compat
 from .early import begins_early, told
 from .gemm_plan import rows_bound
 from .lowerings import note, refusal
-from .route_lowerings import empty, hand_slots, template
+from .route_lowerings import empty, template
 
 MOST_TOKENS = 512  # beyond, a library's product and a kernel that routes
 _ANY_TOKENS = 16  # scheduled for at least where T is symbolic: tiles, which are right for any number of rows
@@ -42,25 +39,24 @@ def _sum_grid(tokens: Any, top_k: Any, meta: dict[str, Any], *, cdiv: Any) -> tu
     return (cdiv(tokens, meta["BLOCK_T"]), 1, 1)
 
 
-def _dispatches(route: torch.fx.Node, num_experts: int) -> list[torch.fx.Node]:
-    """The `moe_dispatch` nodes that sort the slots of a `moe_route_linear`."""
-    found = []
+def _dispatch(route: torch.fx.Node, num_experts: int) -> torch.fx.Node | None:
+    """A `moe_dispatch` that sorts the slots of a `moe_route_linear`."""
     for dispatch in route.graph.find_nodes(op="call_function", target=_OPS.moe_dispatch.default):
         given = arguments(dispatch)
         ids = origin(given["ids"])
-        ours = is_op(ids, operator.getitem) and ids.args == (route, 1)
+        ours = is_output(ids, route, index=1)
         if ours and has_shape(given["ids"], tensor_of(ids).shape) and given["num_experts"] == num_experts:
-            found.append(dispatch)
-    return found
+            return dispatch
+    return None
 
 
-def _most_tokens(hidden: Any, top_k: int, dispatches: list[torch.fx.Node]) -> float:
+def _most_tokens(hidden: Any, top_k: int, dispatch: torch.fx.Node | None) -> float:
     """How many rows [T, H] the graph being lowered is for, by its expert GEMMs where T is symbolic."""
     num_tokens = hidden.get_size()[0]
     known = _compat.known_size(num_tokens)
     if known is not None:
         return known
-    rows = rows_bound(num_tokens * top_k, dispatches[0] if dispatches else None, device=hidden.get_device())
+    rows = rows_bound(num_tokens * top_k, dispatch, device=hidden.get_device())
     return math.inf if rows is None else rows // top_k
 
 
@@ -114,23 +110,11 @@ def _part(hidden: Any, weight: Any, schedule: RouteLinearSchedule, *, constants:
     )
 
 
-def _sum(
-    inputs: list[Any],
-    logits: Any,
-    schedule: RouteLinearSchedule,
-    *,
-    constants: Constants,
-    dispatches: list[torch.fx.Node],
-) -> tuple[Any, Any]:
+def _sum(inputs: list[Any], logits: Any, schedule: RouteLinearSchedule, *, constants: Constants) -> tuple[Any, Any]:
     """Weights and ids [T, K]: `inputs` are the sums and what the router reads, `logits` [T, E] are written if given."""
-    num_tokens, top_k, num_experts = inputs[0].get_size()[1], int(constants["TOP_K"]), int(constants["NUM_EXPERTS"])
-    slots: tuple[Any, ...] = ()
-    if schedule.sorts and dispatches:
-        sizes = (num_tokens * top_k, num_tokens * top_k, num_experts + 1)
-        slots = tuple(empty(inputs[0], [size], dtype=torch.int32) for size in sizes)
-        hand_slots(dispatches, slots)
+    num_tokens, top_k = inputs[0].get_size()[1], int(constants["TOP_K"])
     ids = empty(inputs[0], [num_tokens, top_k], dtype=torch.int32)
-    written = [_compat.realize_inputs(one) for one in (logits, *slots, ids) if one is not None]
+    written = [_compat.realize_inputs(one) for one in (logits, ids) if one is not None]
     early = begins_early(ids.get_device())
     weights = _compat.run_template(
         template("moe_route_linear_sum", _sum_grid),
@@ -138,14 +122,11 @@ def _sum(
         _compat.fixed_layout(ids, torch.float32, [num_tokens, top_k]),
         num_warps=1,
         num_stages=1,
-        constants=constants
-        | schedule.total
-        | {"KEEP_LOGITS": logits is not None, "SLOTS": bool(slots), "EXPERTS_POW2": power_of_two(num_experts)},
+        constants=constants | schedule.total | {"KEEP_LOGITS": logits is not None},
         mutated_inputs=written,
         early=early,
     )
-    sorts = ", sorts the slots" if slots else ""
-    note("moe_route", f"triton moe_route_linear {schedule}{sorts}{told(early)}")
+    note("moe_route", f"triton moe_route_linear {schedule}{told(early)}")
     return weights, ids
 
 
@@ -164,8 +145,7 @@ def _moe_route_linear(
     options, scale = split_options(options)
     spec = RoutingSpec(*options)
     num_experts, width = map(_compat.static_size, weight.get_size())
-    dispatches = _dispatches(node, num_experts)
-    tokens = _most_tokens(hidden, spec.top_k, dispatches)
+    tokens = _most_tokens(hidden, spec.top_k, _dispatch(node, num_experts))
     reason = _refusal(hidden, tokens)
     if reason is not None:
         record("plan", "route_linear", layer=layer_of(node), outcome="a product beside the router", reason=reason)
@@ -188,5 +168,5 @@ def _moe_route_linear(
         "HAS_LINEAR_BIAS": linear_bias is not None,
         "LOGITS_DTYPE": triton_dtype(None if product_dtype == torch.float32 else product_dtype),
     }
-    weights, ids = _sum(inputs, logits, schedule, constants=constants, dispatches=dispatches)
+    weights, ids = _sum(inputs, logits, schedule, constants=constants)
     return weights, ids, logits

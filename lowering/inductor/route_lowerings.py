@@ -6,7 +6,6 @@ A template has one output; the others are buffers it mutates, as Inductor's own 
 from __future__ import annotations
 
 import functools
-import weakref
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from . import _compat
 from .early import begins_early, told
 from .gemm_plan import rows_bound
 from .lowerings import fallback_noted, note, refusal
+from .unsorted_slots import leave_unsorted, may_stay_unsorted
 
 _OPS = torch.ops.diffulex
 _MANY_ROWS = 1 << 17
@@ -52,15 +52,6 @@ def empty(like: Any, size: list[Any], *, dtype: torch.dtype) -> Any:
     buffer = _compat.empty_strided(size, None, dtype=dtype, device=like.get_device())
     buffer.realize()
     return buffer
-
-
-# by graph: what the kernel of a router sorted for the `moe_dispatch` nodes behind it
-_sorted_slots: weakref.WeakKeyDictionary[Any, dict[torch.fx.Node, tuple[Any, ...]]] = weakref.WeakKeyDictionary()
-
-
-def hand_slots(dispatches: list[torch.fx.Node], slots: tuple[Any, ...]) -> None:
-    """Have these `moe_dispatch` nodes of the graph being lowered give `slots`: order [N], token [N], offsets [E+1]."""
-    _sorted_slots.setdefault(_compat.V.graph, {}).update(dict.fromkeys(dispatches, slots))
 
 
 @_compat.register_lowering(_OPS.moe_route.default, type_promotion_kind=None)
@@ -107,10 +98,6 @@ def _moe_dispatch(ids: Any, num_experts: int) -> Any:
     if reason is not None:
         return fallback_noted(_OPS.moe_dispatch.default, reason, ids, num_experts)
     node = _compat.current_fx_node()
-    handed = _sorted_slots.get(_compat.V.graph, {}).pop(node, None) if node is not None else None
-    if handed is not None:
-        note("moe_dispatch", f"in the router's kernel{told(begins_early(ids.get_device()))}")
-        return handed
     num_tokens, top_k = ids.get_size()
     top_k = _compat.static_size(top_k)
     slots = num_tokens * top_k
@@ -118,6 +105,10 @@ def _moe_dispatch(ids: Any, num_experts: int) -> Any:
     schedule = dispatch_schedule(_MANY_ROWS if bound is None else bound, num_experts, top_k=top_k)
     order, token = (empty(ids, [slots], dtype=torch.int32) for _ in range(2))
     (ids,) = _compat.contiguous_inputs(ids)
+    if bound is not None and may_stay_unsorted(node, slots, most_rows=bound, device=ids.get_device()):
+        leave_unsorted(order, ids, most_rows=bound)
+        note("moe_dispatch", "in the kernel of moe_expert_up")
+        return order, token, empty(ids, [num_experts + 1], dtype=torch.int32)
     outputs = _compat.realize_inputs(order, token)
     early = begins_early(ids.get_device())
 

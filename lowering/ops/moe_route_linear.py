@@ -25,7 +25,7 @@ _PROGRAMS = 128  # about one on each multiprocessor
 _DOT_DEPTH = 64  # H is cut into stretches that are multiples of this
 _MOST_READ = 2048  # sums that are added up for a token, over all stretches
 _FEWEST_PROGRAMS = 32  # without matrix units
-_MOST_ROWS, _MOST_LOGITS = 8, 128  # of one program that routes all rows and sorts their slots
+_MOST_ROWS, _MOST_LOGITS = 8, 128  # of one program that routes all rows
 _IN_FLIGHT = 64  # sums a thread of the second kernel loads at a time
 
 
@@ -74,14 +74,12 @@ class RouteLinearSchedule:
     """Constants of `moe_route_linear_part` and of `moe_route_linear_sum`, besides those of `route_constants`.
 
     num_warps and num_stages are those of the first; the second has one warp, so that no reduction crosses warps.
-    `sorts`: the second sorts the slots too.
     """
 
     part: Constants
     total: Constants
     num_warps: int
     num_stages: int
-    sorts: bool
 
     def __str__(self) -> str:
         tile = "x".join(str(self.part[name]) for name in ("BLOCK_T", "BLOCK_C", "BLOCK_K"))
@@ -104,16 +102,15 @@ def route_linear_schedule(tokens: int, columns: int, *, hidden: int) -> RouteLin
     is within 4 % of the best of the 1 to 4 schedules that were timed for each, where it was one of them.
 
     - One token: a program for each column, on the CUDA cores; with few experts H is split, for 32 programs. With few
-      experts that goes for up to 8 tokens (8 experts, 4 tokens: 3.9 us, by tiles of 16 rows 6.0). There one program
-      routes all rows, so it sorts their slots, too: a launch less. With many experts that program gets slower with
-      every row (256 experts, 4 tokens: 12.3 us, with another launch 9.1).
+      experts that goes for up to 8 tokens (8 experts, 4 tokens: 3.9 us, by tiles of 16 rows 6.0), and one program
+      routes all rows.
     - Else tiles of 16 rows, of 64 from 65 tokens on (few experts: 16), and of 16, 32 or 64 columns, 64 for more than 16
       rows of 4096 or wider. H is split so that there are 128 programs, but at most 2048 sums are read for a token.
     """
-    sorts = tokens == 1 or (tokens <= _MOST_ROWS and tokens * columns <= _MOST_LOGITS)
-    part = _few_rows(_power_of_two(tokens), columns, hidden) if sorts else _tiles(tokens, columns, hidden)
+    few = tokens == 1 or (tokens <= _MOST_ROWS and tokens * columns <= _MOST_LOGITS)
+    part = _few_rows(_power_of_two(tokens), columns, hidden) if few else _tiles(tokens, columns, hidden)
     block_t, block_c, block_k, split = (int(part[name]) for name in ("BLOCK_T", "BLOCK_C", "BLOCK_K", "SPLIT"))
-    rows = block_t if sorts else max(1, min(128 // columns, _power_of_two(tokens)))
+    rows = block_t if few else max(1, min(128 // columns, _power_of_two(tokens)))
     unroll = max(1, min(split, _IN_FLIGHT * 32 // (rows * columns)))
     stretch = -(-hidden // (split * block_k)) * block_k
     wide = block_t * block_c == 64 * 64 and columns > 128
@@ -122,7 +119,6 @@ def route_linear_schedule(tokens: int, columns: int, *, hidden: int) -> RouteLin
         {"BLOCK_T": rows, "SPLIT": split, "UNROLL": unroll},
         num_warps=8 if wide else 4,
         num_stages=max(1, min(4, stretch // block_k)) if part["DOT"] else 1,
-        sorts=sorts,
     )
 
 

@@ -97,13 +97,21 @@ class RowRange:
 TMA_ALIGNMENT = 16  # bytes, of a tensor's begin and of all its strides but the last
 
 
+def is_transposed(strides: tuple[int | None, ...]) -> bool:
+    """Whether not the last but the dimension before it is consecutive in memory, in a tensor of any shape [E, J, H]."""
+    return strides[-1] != 1 and strides[-2] == 1
+
+
 def tma_refusal(
     name: str, sizes: tuple[int | None, ...], *, strides: tuple[int | None, ...], element_size: int
 ) -> Reason | None:
     """Why a tensor of any shape [E, J, H] cannot be read through a tensor descriptor, or None.
 
-    None among the sizes: symbolic; among the strides: not known to be a multiple of 16 bytes.
+    One with three dimensions, a weight, may be transposed. None among the sizes: symbolic; among the strides: not
+    known to be a multiple of 16 bytes.
     """
+    if len(strides) == 3 and is_transposed(strides):
+        sizes, strides = (sizes[0], sizes[2], sizes[1]), (strides[0], strides[2], strides[1])
     if strides[-1] != 1:
         return Reason(ReasonCode.LAYOUT, f"rows of {name} are not consecutive in memory, strides {strides}")
     for size, stride in zip(sizes[:-1], strides[:-1], strict=True):

@@ -79,7 +79,7 @@ def _expert_gemm(
             got=str(reason),
             hint="Pass schedule.without_tma(), or None to have one planned.",
         )
-    variant = variant.scheduled(schedule, depth=depth)
+    variant = variant.scheduled(schedule, depth=depth, strides=weight_EYX.stride())
     constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
     constants["INDEX_DTYPE"] = index_type(out_NY)
     grid = gemm_grid(rows, width, num_experts=num_experts, schedule=schedule)

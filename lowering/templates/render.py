@@ -14,7 +14,7 @@ from importlib import resources
 import jinja2
 
 from ..activation import IDENTITY, canonical, is_gated, to_triton
-from ..schedule.schedule import PLAIN, Loop, Schedule
+from ..schedule.schedule import PLAIN, Loop, Schedule, is_transposed
 
 # angle brackets: the host's hooks keep jinja's braces
 _ENVIRONMENT = jinja2.Environment(
@@ -56,7 +56,9 @@ class ExpertGemmVariant:
     act        formula, or identity
     even_k     the reduction width is a multiple of BLOCK_K: no masks in the loop
     precision  "ieee" or "tf32" for fp32 operands, no effect on 16-bit ones
+    transposed columns of W are consecutive in memory, not rows
     shared     programs of a shared expert, with the same activation, come first (pointers, no bias)
+    sorts      the slots are sorted by the programs themselves, out of IDS (up stage, pointers)
     loop       the fields of the schedule that change the text, see `Schedule`
     """
 
@@ -67,7 +69,9 @@ class ExpertGemmVariant:
     interleaved: bool = False
     even_k: bool = True
     precision: str = "ieee"
+    transposed: bool = False
     shared: bool = False
+    sorts: bool = False
     loop: Loop = PLAIN
 
     @property
@@ -81,18 +85,25 @@ class ExpertGemmVariant:
         return ("W",) if self.gather else ("W", "A")
 
     @functools.cache  # noqa: B019  a few schedules a model, and eager mode asks with every call
-    def scheduled(self, schedule: Schedule, *, depth: int) -> ExpertGemmVariant:
-        """The variant for a schedule and a reduction width."""
-        return dataclasses.replace(self, even_k=depth % schedule.block_k == 0, loop=schedule.loop)
+    def scheduled(self, schedule: Schedule, *, depth: int, strides: tuple[int, ...]) -> ExpertGemmVariant:
+        """The variant for a schedule, a reduction width and the strides of the weights [E, J, H]."""
+        even_k, transposed = depth % schedule.block_k == 0, is_transposed(strides)
+        return dataclasses.replace(self, transposed=transposed, even_k=even_k, loop=schedule.loop)
 
     @functools.cache  # noqa: B019  a few variants a model, rendered once
     def source(self) -> str:
         """The kernel text with the host's hooks in it."""
         gated = is_gated(self.act)
         arguments = ["A", "W", *(["BIAS"] if self.bias else []), "ORDER", "OFFSETS"]
+        if self.sorts:
+            assert self.gather and not self.loop.tma, "only the first stage sorts, and not for many rows"
+            arguments += ["IDS"]
         if self.shared:
-            assert not (self.bias or self.interleaved or self.loop.tma), "a shared expert has none of these"
+            apart = self.bias or self.interleaved or self.transposed or self.loop.tma
+            assert not apart, "a shared expert has none of these"
             arguments += ["SHARED_A", "SHARED_W", *(["SHARED_UP"] if gated else []), "SHARED_OUT"]
+        masks = ["w_inside"] if self.transposed else []
+        masks += [] if self.even_k else ["(k0 + k < WIDTH_K)[:, None]"]
         act = None if self.act == IDENTITY else to_triton(self.act, gate="acc", up="acc_up")
         return _render(
             "moe_expert_gemm_tma" if self.loop.tma else "moe_expert_gemm",
@@ -103,11 +114,16 @@ class ExpertGemmVariant:
             gated=gated,
             act=act,
             interleaved=self.interleaved,
+            transposed=self.transposed,
+            paired=self.transposed and gated and self.interleaved,
+            halved=self.transposed and gated and not self.interleaved,
+            w_mask=f", mask={' & '.join(masks)}, other=0.0" if masks else "",
             column_step=2 if gated and self.interleaved else 1,
             up_shift="1" if self.interleaved else "WIDTH_N",
             even_k=self.even_k,
             precision=self.precision,
             shared=self.shared,
+            sorts=self.sorts,
             width="width" if self.shared else "WIDTH_N",
             up_ptr="w_up_ptr" if self.shared else "w_ptr + up_shift",
             grouped=self.loop.grouped,

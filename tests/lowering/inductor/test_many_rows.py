@@ -51,10 +51,11 @@ def generate(monkeypatch, schedule, inputs, *, dynamic=(), function=block):
     return code, {d.subject: d for d in decisions if d.stage == "lower"}
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("dynamic", "transposed"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
-def test_neighbours_fuse_and_the_block_is_computed(loop, dynamic, monkeypatch):
-    inputs = block_inputs()
+def test_neighbours_fuse_and_the_block_is_computed(loop, dynamic, transposed, monkeypatch):
+    form = FORM.replace(transposed=transposed)
+    inputs = block_inputs(form)
     symbolic = [(tensor, 0) for tensor in inputs[:2]] if dynamic else []
     code, decisions = generate(monkeypatch, Schedule(16, 16, 16, 4, 3, loop), inputs, dynamic=symbolic)
     assert code.extern_calls == ()
@@ -63,18 +64,16 @@ def test_neighbours_fuse_and_the_block_is_computed(loop, dynamic, monkeypatch):
     for stage in ("moe_expert_up", "moe_expert_down"):
         assert decisions[stage].reason is None
         assert ("make_tensor_descriptor" in code.kernel(stage).function) == loop.tma
-    for form in (FORM, FORM.replace(tokens=7, ids="none")) if dynamic else (FORM,):
-        inputs = block_inputs(form)
+    for other in (form, form.replace(tokens=7, ids="none")) if dynamic else (form,):
+        inputs = block_inputs(other)
         (out,) = interpreter().graph(code, block, inputs)
         doubles = [t.double() if t.is_floating_point() else t for t in inputs]
         assert_oracle_ratio(out, block(*inputs), block(*doubles))
 
 
-@pytest.mark.parametrize(
-    ("form", "code"),
-    [(FORM.replace(hidden=30, width=18), ReasonCode.ALIGNMENT), (FORM.replace(transposed=True), ReasonCode.LAYOUT)],
-)
-def test_what_descriptors_do_not_take_is_recorded(form, code, monkeypatch):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_descriptors_do_not_take_is_recorded(transposed, monkeypatch):
+    form, code = FORM.replace(hidden=30, width=17, transposed=transposed), ReasonCode.ALIGNMENT
     source, decisions = generate(monkeypatch, Schedule(16, 16, 16, 4, 3, TMA), block_inputs(form))
     for stage in ("moe_expert_up", "moe_expert_down"):
         assert decisions[stage].reason.code is code
@@ -82,18 +81,20 @@ def test_what_descriptors_do_not_take_is_recorded(form, code, monkeypatch):
 
 
 WIDE = BlockForm(tokens=4096, top_k=4, experts=8, hidden=1024, width=512, dtype=torch.bfloat16)
+NARROW = WIDE.replace(hidden=1020, width=506)
 
 
 @pytest.mark.parametrize(
     ("form", "code", "dynamic"),
     [
         (WIDE, None, True),
-        (WIDE.replace(transposed=True), ReasonCode.LAYOUT, False),
-        (WIDE.replace(transposed=True), ReasonCode.LAYOUT, True),
-        (WIDE.replace(hidden=1020, width=508), ReasonCode.ALIGNMENT, False),
-        (WIDE.replace(tokens=2, transposed=True), None, False),  # so few rows want none
-        (WIDE.replace(tokens=2, transposed=True), None, True),
-        (WIDE.replace(dtype=torch.float32, transposed=True), None, False),
+        (WIDE.replace(transposed=True), None, True),
+        (NARROW, ReasonCode.ALIGNMENT, False),
+        (NARROW.replace(transposed=True), ReasonCode.ALIGNMENT, False),
+        (NARROW, ReasonCode.ALIGNMENT, True),
+        (NARROW.replace(tokens=2), None, False),  # so few rows want none
+        (NARROW.replace(tokens=2), None, True),
+        (NARROW.replace(dtype=torch.float32), None, False),
     ],
 )
 def test_weights_that_no_descriptor_reads_are_recorded_where_the_plan_wanted_one(form, code, dynamic):

@@ -43,10 +43,11 @@ def assert_right(ours, inputs, interleaved=False):
     assert_oracle_ratio(ours.cpu(), chain(*inputs, interleaved), chain(*doubles, interleaved))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_eager(schedule, interleaved):
-    inputs = inputs_of(FORM)
+def test_eager(schedule, interleaved, transposed):
+    inputs = inputs_of(FORM.replace(transposed=transposed))
     hidden_TH, w13_EJH, w2_EHI, order_N, offsets_E1 = inputs
     act_NI = eager.moe_expert_up(
         hidden_TH, w13_EJH, None, order_N, offsets_E1, act="swiglu", interleaved=interleaved, schedule=schedule
@@ -55,16 +56,16 @@ def test_eager(schedule, interleaved):
     assert_right(torch.tanh(slots_NH) + 1.0, inputs, interleaved)
 
 
-@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize(("mode", "transposed"), [(None, False), (None, True), ("reduce-overhead", False)])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_compiled(schedule, mode, monkeypatch):
+def test_compiled(schedule, mode, transposed, monkeypatch):
     monkeypatch.setattr(lowerings, "schedule_of", lambda rows, shape, device: (schedule, None))
     register_lowerings()
     torch._dynamo.reset()
     with torch._inductor.config.patch(force_disable_caches=True), torch.no_grad():
         compiled = torch.compile(chain, dynamic=True, mode=mode, fullgraph=True)
         for tokens in (FORM.tokens, 40, 4096):
-            inputs = inputs_of(FORM.replace(tokens=tokens))
+            inputs = inputs_of(FORM.replace(tokens=tokens, transposed=transposed))
             for _ in range(3):
                 out = compiled(*inputs).clone()
             assert_right(out, inputs)

@@ -122,14 +122,13 @@ def test_a_schedule_covers_everything_once(columns, hidden, tokens):
     assert (part["SPLIT"] - 1) * stretch < hidden <= part["SPLIT"] * stretch, "a stretch is empty, or H does not fit"
     assert part["SPLIT"] == total["SPLIT"] and 1 <= total["UNROLL"] <= part["SPLIT"]
     assert part["SPLIT"] * columns <= 2048
-    if schedule.sorts:
-        assert total["BLOCK_T"] >= tokens
-    else:
-        assert part["DOT"] and part["BLOCK_T"] >= 16 and part["BLOCK_C"] >= 8 and part["BLOCK_K"] >= 16
+    if part["DOT"]:
+        assert part["BLOCK_T"] >= 16 and part["BLOCK_C"] >= 8 and part["BLOCK_K"] >= 16
 
 
-def test_when_slots_are_sorted():
+def test_for_how_many_rows_there_are_no_matrix_units():
     def most(columns):
-        return max(tokens for tokens in range(1, 65) if route_linear_schedule(tokens, columns, hidden=2048).sorts)
+        parts = {tokens: route_linear_schedule(tokens, columns, hidden=2048).part for tokens in range(1, 65)}
+        return max(tokens for tokens, part in parts.items() if not part["DOT"])
 
     assert [most(columns) for columns in (8, 16, 32, 64, 128, 256)] == [8, 8, 4, 2, 1, 1]

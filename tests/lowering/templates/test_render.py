@@ -24,9 +24,10 @@ LOOPS = [
 ]
 VARIANTS += [
     ExpertGemmVariant(gather, not gather, bias, act, interleaved, even_k).scheduled(
-        Schedule(128, 128, 64, 8, 4, loop), depth=64 if even_k else 48
+        Schedule(128, 128, 64, 8, 4, loop), depth=64 if even_k else 48, strides=strides
     )
     for gather, bias, interleaved, even_k in itertools.product([False, True], repeat=4)
+    for strides in ((4096, 64, 1), (4096, 1, 64))
     for act in ("identity", "silu(g) * u")
     for loop in LOOPS
 ]
@@ -107,6 +108,13 @@ def test_spellings_of_one_activation_share_a_name():
         ({"even_k": False}, ["mask=(k0 + k < WIDTH_K)"], []),
         ({"interleaved": True}, ["(stride_wn * 2)", "up_shift = stride_wn * 1\n"], ["up_shift = stride_wn * WIDTH_N"]),
         ({"act": "identity"}, ["result = acc\n"], ["acc_up"]),
+        (
+            {"transposed": True},
+            ["w_inside = (column < WIDTH_N)", "w = tl.load(w_ptr, mask=w_inside, other"],
+            ["w_column"],
+        ),
+        ({"transposed": True, "interleaved": True}, ["w_inside = (w_column < 2 * WIDTH_N)"], ["acc_up = tl.dot"]),
+        ({"sorts": True}, ["tl.histogram", '"ORDER", "OFFSETS", "IDS"'], ["tl.load(ORDER"]),
         ({"act": "square(relu(g))"}, ["tl.maximum(acc"], ["acc_up"]),
         ({"gather": False, "scatter": True}, ["row_in.to(tl.int64)", "idx_m = slot"], ["slot // TOP_K"]),
         ({"precision": "tf32"}, ['input_precision="tf32"'], ["ieee"]),
