@@ -4,7 +4,8 @@
 
 One sequence without a cache, logits of its last token, bf16, seeded weights; a static graph for each token count.
 CUDA-graph replays, round-robin, medians. The two outputs are compared, which says that both ran, not that they are
-right: tests do.
+right: tests do. Kernels are those of one MoE block, from the router's product to the combined output and with a shared
+expert where there is one, as the profiler counts them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 import diffulex
 from benchmarks.bench_experts import capture, round_robin
+from diffulex.explanation import find_experts
+from tests.support.profile import gpu_kernels
 
 TOKENS = (1, 64, 1024, 8192)
 _QWEN3 = {
@@ -51,12 +54,30 @@ _GPT_OSS = {
 }
 # 64 of the 256 routed experts, what one of four ranks holds
 _DEEPSEEK_V3 = {"n_routed_experts": 64, "first_k_dense_replace": 0}
+# transformers has no class for it; GLM-4-MoE's layers compute the same
+_LLADA2_MINI = {
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "moe_intermediate_size": 512,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 0,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "use_qk_norm": True,
+}
 # model -> (transformers' model type, fields of its configuration that are not its defaults)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-30b-a3b": ("qwen3_moe", _QWEN3),
     "mixtral-8x7b": ("mixtral", _MIXTRAL),
     "gpt-oss-20b": ("gpt_oss", _GPT_OSS),
     "deepseek-v3": ("deepseek_v3", _DEEPSEEK_V3),
+    "llada2-mini": ("glm4_moe", _LLADA2_MINI),
 }
 
 
@@ -77,22 +98,31 @@ def build(name: str, layers: int) -> nn.Module:
     return model.eval()
 
 
-def measure(model: Any, tokens: int) -> tuple[dict[str, float], float]:
-    """(microseconds of each variant, relative difference of their logits)."""
+def kernels(model: nn.Module, tokens: int) -> int:
+    """How many kernels the last MoE block of a compiled model runs for hidden [1, T, H]."""
+    experts = list(find_experts(model))[-1]
+    block = torch.compile(model.get_submodule(experts.rpartition(".")[0]), dynamic=False)
+    hidden = torch.randn(1, tokens, model.config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    return sum(gpu_kernels(lambda: block(hidden)).values())
+
+
+def measure(model: Any, tokens: int) -> tuple[dict[str, float], dict[str, int], float]:
+    """(microseconds of each variant, kernels of its MoE block, relative difference of the logits)."""
     sets = [torch.randint(1, model.config.vocab_size, (1, tokens), device="cuda") for _ in range(2)]
 
     def forward(ids: Tensor) -> Tensor:
         return model(ids, use_cache=False, logits_to_keep=1).logits
 
-    graphs, logits = {}, {}
+    graphs, logits, counts = {}, {}, {}
     for variant in ("diffulex", "stock"):
         torch._dynamo.reset()
         with torch.no_grad(), diffulex.disabled() if variant == "stock" else torch.no_grad():
             compiled = torch.compile(forward, dynamic=False)
             logits[variant] = compiled(sets[0]).float()
             graphs[variant] = capture(compiled, [(ids,) for ids in sets])  # type: ignore[misc]
+            counts[variant] = kernels(model, tokens)
     off = (logits["diffulex"] - logits["stock"]).norm() / logits["stock"].norm()
-    return round_robin(graphs, len(sets)), float(off)
+    return round_robin(graphs, len(sets)), counts, float(off)
 
 
 def main() -> None:
@@ -104,23 +134,23 @@ def main() -> None:
     parser.add_argument("--out", default="models.csv")
     arguments = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, {arguments.layers} layers; microseconds")
-    print(f"{'model':14} {'tokens':>6} {'diffulex':>9} {'stock':>9} {'stock/diffulex':>14} {'difference':>10}")
+    print(f"{'model':14} tokens  diffulex     stock stock/diffulex  kernels difference")
     with open(arguments.out, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["device", "model", "layers", "tokens", "diffulex_us", "stock_us", "difference"])
+        writer.writerow(
+            ["device", "model", "layers", "tokens", "diffulex_us", "stock_us", "kernels", "stock_kernels", "difference"]
+        )
         for name in arguments.models:
             model = build(name, arguments.layers)
             for tokens in arguments.tokens:
                 start = time.perf_counter()
-                times, off = measure(model, tokens)
-                row = [*(f"{us:.1f}" for us in times.values()), f"{off:.2e}"]
+                times, counts, off = measure(model, tokens)
+                row = [*(f"{us:.1f}" for us in times.values()), *counts.values(), f"{off:.2e}"]
                 writer.writerow([torch.cuda.get_device_name(), name, arguments.layers, tokens, *row])
-                ratio = times["stock"] / times["diffulex"]
-                seconds = time.perf_counter() - start
-                print(
-                    f"{name:14} {tokens:6} {row[0]:>9} {row[1]:>9} {ratio:14.2f} {row[2]:>10}  [{seconds:.0f} s]",
-                    flush=True,
-                )
+                file.flush()
+                ratio = f"{times['stock'] / times['diffulex']:.2f}"
+                cells = f"{row[0]:>9} {row[1]:>9} {ratio:>14} {row[2]:>3} / {row[3]:2} {row[4]:>10}"
+                print(f"{name:14} {tokens:6} {cells}  [{time.perf_counter() - start:.0f} s]", flush=True)
             del model
             torch.cuda.empty_cache()
 
