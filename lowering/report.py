@@ -19,11 +19,32 @@ OWN_KERNEL = "the op's own kernel"
 
 
 @dataclasses.dataclass(frozen=True)
+class Cost:
+    """What the cost model says of one launch: `bytes` that have to be moved and `flop`, the microseconds that the
+    longer of the two takes on `device` by its nominal rates, and those that the launch is predicted to take.
+    """
+
+    device: str
+    rows: int
+    bytes: float
+    flop: float
+    floor_us: float
+    predicted_us: float
+
+    def __str__(self) -> str:
+        fraction = self.floor_us / self.predicted_us
+        return (
+            f"predicted {self.predicted_us:.3g} us at {self.rows} rows, floor {self.floor_us:.3g} us ({fraction:.0%})"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Decision:
     """One decision: `stage` is recognise, plan or lower; `subject` a pass or an op; `reason` says why not.
 
     A generated kernel has a reason where it is not the one that the plan would have had. `replayed`: it was made when
-    the graph was compiled, and read back with it from a cache.
+    the graph was compiled, and read back with it from a cache. `cost`: of an expert GEMM with a generated kernel.
+    `measured_us`: what the profiler said of the op or the kernel, where `explain` was asked to measure.
     """
 
     stage: str
@@ -32,11 +53,23 @@ class Decision:
     outcome: str
     reason: Reason | None = None
     replayed: bool = dataclasses.field(default=False, compare=False)
+    cost: Cost | None = None
+    measured_us: float | None = dataclasses.field(default=None, compare=False)
 
     @property
     def kernel_refusal(self) -> Reason | None:
         """Why an op got no generated kernel, or None."""
         return self.reason if self.outcome == OWN_KERNEL else None
+
+    @property
+    def told(self) -> str:
+        """The outcome with the reason and the times, where there are some."""
+        told = self.outcome + (f" ({self.reason})" if self.reason is not None else "")
+        told += f"; {self.cost}" if self.cost is not None else ""
+        if self.measured_us is None:
+            return told
+        floor = f" (floor: {self.cost.floor_us / self.measured_us:.0%})" if self.cost is not None else ""
+        return f"{told}; measured {self.measured_us:.3g} us{floor}"
 
 
 _lock = threading.Lock()
@@ -54,9 +87,11 @@ class _Waiting(threading.local):
 _waiting = _Waiting()
 
 
-def record(stage: str, subject: str, *, layer: str, outcome: str, reason: Reason | None = None) -> None:
+def record(
+    stage: str, subject: str, *, layer: str, outcome: str, reason: Reason | None = None, cost: Cost | None = None
+) -> None:
     """Log a decision and hand it to every open `collect()`."""
-    decision = Decision(stage, subject, layer, outcome, reason)
+    decision = Decision(stage, subject, layer, outcome, reason, cost=cost)
     _waiting.decisions.append(decision)
     _tell(decision)
 
@@ -68,9 +103,8 @@ def replay(decisions: Iterable[Decision]) -> None:
 
 
 def _tell(decision: Decision) -> None:
-    told = f"{decision.outcome}{f' ({decision.reason})' if decision.reason else ''}"
     mark = ", from the cache" if decision.replayed else ""
-    logger.debug("%s %s %s: %s%s", decision.stage, decision.subject, decision.layer, told, mark)
+    logger.debug("%s %s %s: %s%s", decision.stage, decision.subject, decision.layer, decision.told, mark)
     with _lock:
         for collector in _collectors:
             collector.append(decision)
@@ -88,13 +122,16 @@ def decisions_to_json(decisions: Iterable[Decision]) -> str:
     return json.dumps([_fields(decision) for decision in decisions])
 
 
-def _fields(decision: Decision) -> dict[str, Any]:
-    fields = {name: getattr(decision, name) for name in _TEXTS}
-    reason = decision.reason
-    return fields if reason is None else fields | {"reason": {"code": reason.code.name, "detail": reason.detail}}
-
-
 _TEXTS = ("stage", "subject", "layer", "outcome")
+
+
+def _fields(decision: Decision) -> dict[str, Any]:
+    fields: dict[str, Any] = {name: getattr(decision, name) for name in _TEXTS}
+    if decision.reason is not None:
+        fields["reason"] = {"code": decision.reason.code.name, "detail": decision.reason.detail}
+    if decision.cost is not None:
+        fields["cost"] = dataclasses.asdict(decision.cost)
+    return fields
 
 
 def decisions_from_json(text: Any) -> tuple[Decision, ...]:
@@ -102,14 +139,26 @@ def decisions_from_json(text: Any) -> tuple[Decision, ...]:
     return tuple(map(_decision, json.loads(text)))
 
 
-def _decision(fields: dict[str, Any]) -> Decision:
-    reason = fields.get("reason") if isinstance(fields, dict) else None
-    texts = [fields[name] for name in _TEXTS] + ([] if reason is None else [reason["code"], reason["detail"]])
-    if not all(isinstance(value, str) for value in texts):
+def _decision(fields: Any) -> Decision:
+    if not isinstance(fields, dict):
         raise TypeError(f"{fields!r} is no decision")
-    why = None if reason is None else Reason(ReasonCode[reason["code"]], reason["detail"])
-    stage, subject, layer, outcome = texts[: len(_TEXTS)]
-    return Decision(stage, subject, layer, outcome, why)
+    reason, cost = fields.get("reason"), fields.get("cost")
+    stage, subject, layer, outcome = (_of_type(fields[name], str) for name in _TEXTS)
+    if reason is not None:
+        reason = Reason(ReasonCode[reason["code"]], _of_type(reason["detail"], str))
+    if cost is not None:
+        numbers = {
+            name: _of_type(value, str if name == "device" else (int, float))
+            for name, value in _of_type(cost, dict).items()
+        }
+        cost = Cost(**numbers)
+    return Decision(stage, subject, layer, outcome, reason, cost=cost)
+
+
+def _of_type(value: Any, kind: Any) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is of another type than {kind}")
+    return value
 
 
 @contextlib.contextmanager

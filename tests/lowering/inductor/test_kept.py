@@ -14,8 +14,8 @@ from torch._inductor.utils import fresh_cache
 
 from lowering.errors import Reason, ReasonCode
 from lowering.inductor import kept
-from lowering.report import Decision, collect, decisions_from_json, decisions_to_json, record, take_decisions
-from tests.diffulex.test_explanation import Model
+from lowering.report import Cost, Decision, collect, decisions_from_json, decisions_to_json, record, take_decisions
+from tests.support.two_layers import Model
 
 ROOT = Path(__file__).resolve().parents[3]
 STAGES = ["moe_dispatch", "moe_expert_up", "moe_expert_down", "moe_combine"]
@@ -25,7 +25,7 @@ SCRIPT = """
 import diffulex, json, torch
 from torch._dynamo.utils import counters
 from lowering.report import collect
-from tests.diffulex.test_explanation import Model
+from tests.support.two_layers import Model
 
 model = Model().eval()
 with torch.no_grad(), collect() as decisions:
@@ -163,6 +163,8 @@ def test_an_entry_of_another_layer_takes_the_names_that_the_passes_saw():
         '[{"stage": "lower", "subject": "a", "layer": "b", "outcome": 1}]',
         '[{"stage": "lower", "subject": "a", "layer": "b", "outcome": "c", "reason": {"code": "NEW", "detail": ""}}]',
         '[{"stage": "lower", "subject": "a", "layer": "b", "outcome": "c", "reason": "?"}]',
+        '[{"stage": "lower", "subject": "a", "layer": "b", "outcome": "c", "cost": 1}]',
+        '[{"stage": "lower", "subject": "a", "layer": "b", "outcome": "c", "cost": {"rows": 1}}]',
         b"\xff",
         7,
     ],
@@ -202,6 +204,7 @@ def test_decisions_as_text():
     decisions = (
         Decision("lower", "moe_route", 'a "quoted" ünïcode', "triton", Reason(ReasonCode.LAYOUT, "strides (1, 2)")),
         Decision("plan", "row_ranges", "", ""),
+        Decision("lower", "moe_expert_up", "", "triton", cost=Cost("H100", 8, 1e9, 2e9, 300.5, 400.25)),
     )
     assert decisions_from_json(decisions_to_json(decisions)) == decisions
 
