@@ -114,6 +114,12 @@ class Report:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "decisions"}
         return json.dumps(fields | {"layers": [layer.to_dict() for layer in self.layers]}, indent=2)
 
+    def to_html(self) -> str:
+        """The report as one HTML page with a picture of each form of layer, before and after; it loads nothing."""
+        from .explaining.picture import page
+
+        return page(self)
+
     def __str__(self) -> str:
         counts = f"{len(self.layers)} MoE layers, {self.graphs} graph(s), {self.breaks} graph break(s)"
         lines = [f"{counts}, explained for {self.mode}"]

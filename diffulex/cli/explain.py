@@ -39,6 +39,7 @@ def add_parser(commands: Any) -> None:
     option("--tokens", type=int, default=64, metavar="N", help="length of the input (default 64)")
     option("--layers", type=int, metavar="N", help="build only the first N layers")
     option("--json", action="store_true", help="print the report as JSON")
+    option("--html", type=Path, metavar="FILE", help="also write the report as one HTML page, with a picture")
     option("--measure", action="store_true", help="profile a few runs and report what each stage took")
     parser.add_argument(
         "--device",
@@ -54,8 +55,12 @@ def run(args: argparse.Namespace) -> int:
     for option, value in (("--tokens", args.tokens), ("--layers", args.layers)):
         if value is not None and value < 1:
             raise MoERangeError.of(option, expected="at least 1", got=str(value), hint="Give a positive number.")
+    if args.html is not None:
+        _check_writable(args.html)
     report = _report(args)
     print(report.to_json() if args.json else report)
+    if args.html is not None:
+        args.html.write_text(report.to_html(), encoding="utf-8")
     return 0
 
 
@@ -73,6 +78,17 @@ def _report(args: argparse.Namespace) -> Report:
     with progress("compiling", 1), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="dynamo_pgo")  # explain compiles without caches, as it should
         return explain_offline(model, **inputs) if absent else explain(model, measure=args.measure, **inputs)
+
+
+def _check_writable(file: Path) -> None:
+    """Raise `MoEOptionError` before anything is compiled for a page that cannot be written."""
+    try:
+        with file.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise MoEOptionError.of(
+            "--html", expected="a file that can be written", got=f"{file} ({error.strerror})", hint="Name another one."
+        ) from error
 
 
 def load_config(name: str, *, layers: int | None = None) -> Any:
