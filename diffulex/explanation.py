@@ -12,9 +12,11 @@ from torch import nn
 
 from lowering.errors import Reason, ReasonCode
 from lowering.inductor.fresh import fresh_backend, fresh_caller
+from lowering.inductor.output_code import collect_output_code
 from lowering.report import Cost, Decision, collect
 from lowering.state import is_enabled
 
+from .explaining.kernels import named
 from .integrations.transformers import DEVICES
 
 _GEMM_OPS = frozenset({"moe_expert_up", "moe_expert_down"})
@@ -47,6 +49,11 @@ class LayerReport:
     def stages(self) -> frozenset[str]:
         """The ops the layer runs."""
         return frozenset(kernel.split()[0] for kernel in self.kernels)
+
+    @property
+    def generated(self) -> tuple[str, ...]:
+        """The generated kernels in the order of the stages; Inductor calls them after the operations they come from."""
+        return tuple(dict.fromkeys(name for decision in self.lowered for name in decision.kernels))
 
     @property
     def cost(self) -> Cost | None:
@@ -85,7 +92,10 @@ class LayerReport:
     def to_dict(self) -> dict[str, Any]:
         """What JSON says of the layer."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "lowered"}
-        stages = [{"stage": d.subject, "kernel": d.outcome, **_times(d.cost, d.measured_us)} for d in self.lowered]
+        stages = [
+            {"stage": d.subject, "kernel": d.outcome, "generated": d.kernels, **_times(d.cost, d.measured_us)}
+            for d in self.lowered
+        ]
         return fields | {"stages": stages, **_times(self.cost, self.measured_us)}
 
 
@@ -136,6 +146,7 @@ class Report:
                 lines += [f"  shared      {layer.shared_expert}"] if layer.shared_expert else []
                 lines += [f"  times       {layer.times}"] if layer.times else []
                 lines += [f"  {kernel}" for kernel in layer.kernels]
+                lines += [f"  generated   {name}" for name in layer.generated]
         if self.unattributed:
             lines += ["in no layer known by name:", *(f"  {kernel}" for kernel in self.unattributed)]
         return "\n".join(lines)
@@ -197,6 +208,8 @@ def explain(model: nn.Module, *args: Any, measure: bool = False, **kwargs: Any) 
     from torch._dynamo.utils import counters
     from torch._inductor import config as inductor_config
 
+    from lowering.inductor.offline import launches
+
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
     training = model.training and torch.is_grad_enabled()
     graphs_before, breaks_before = counters["stats"]["unique_graphs"], counters["graph_break"].copy()
@@ -211,7 +224,9 @@ def explain(model: nn.Module, *args: Any, measure: bool = False, **kwargs: Any) 
             from .explaining.measure import check_measurable, measured
 
             check_measurable(training=training)
-        compiled(*args, **kwargs)
+        with collect_output_code() as wrappers:
+            compiled(*args, **kwargs)
+        decisions[:] = named(decisions, [name for wrapper in wrappers for name in launches(wrapper)])
         if measure:
             decisions[:] = measured(lambda: compiled(*args, **kwargs), decisions)
     graphs, breaks = counters["stats"]["unique_graphs"] - graphs_before, counters["graph_break"] - breaks_before

@@ -45,6 +45,7 @@ class Decision:
     A generated kernel has a reason where it is not the one that the plan would have had. `replayed`: it was made when
     the graph was compiled, and read back with it from a cache. `cost`: of an expert GEMM with a generated kernel.
     `measured_us`: what the profiler said of the op or the kernel, where `explain` was asked to measure.
+    `kernels`: the generated kernels, which Inductor calls after the operations that they come from; from `explain`.
     """
 
     stage: str
@@ -55,6 +56,7 @@ class Decision:
     replayed: bool = dataclasses.field(default=False, compare=False)
     cost: Cost | None = None
     measured_us: float | None = dataclasses.field(default=None, compare=False)
+    kernels: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def kernel_refusal(self) -> Reason | None:

@@ -1,13 +1,8 @@
-"""Which stage of which layer took how long, by torch's profiler.
-
-Generated kernels are called after the ops in them, and identical layers share them; so the launches of all layers that
-name a stage, in the order of time, belong to the decisions about that stage in the order of their graph.
-"""
+"""Which stage of which layer took how long, by torch's profiler."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,12 +10,11 @@ from typing import Any
 import torch
 
 from lowering.errors import MoEUnsupportedError
-from lowering.report import OWN_KERNEL, Decision
+from lowering.report import Decision
+
+from .kernels import STAGES, places, shares, stage_of_kernel
 
 RUNS, WARM_UP = 5, 2
-# where a kernel does more than one stage, the time is that of the first of these
-_STAGES = ("moe_expert_up", "moe_expert_down", "moe_dispatch", "moe_route", "moe_combine")
-_NAMES = re.compile("|".join(_STAGES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +66,7 @@ def profile(call: Callable[[], Any]) -> list[Launch]:
         call()
     synchronize()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-    with torch_profile(activities=activities) as profiler:
+    with torch_profile(activities=activities, acc_events=True) as profiler:
         for _ in range(RUNS):
             call()
             synchronize()
@@ -85,32 +79,21 @@ def _launch(event: Any) -> Launch:
     return Launch(event.name, event.time_range.start, own if is_kernel else event.device_time_total or own, is_kernel)
 
 
-def _stage_of_kernel(name: str) -> str | None:
-    """The stage of a kernel that Inductor generated; those of the ops themselves are named otherwise."""
-    found = set(_NAMES.findall(name)) if name.startswith("triton_") else set()
-    return next((stage for stage in _STAGES if stage in found), None)
-
-
 def attribute(launches: Sequence[Launch], decisions: Sequence[Decision], *, runs: int) -> list[Decision]:
     """The decisions with the times of these launches of `runs` equal calls; where they do not come out even, none."""
     told = list(decisions)
-    for stage in _STAGES:
-        mine = [i for i, d in enumerate(decisions) if d.stage == "lower" and d.subject == stage]
-        own = [i for i in mine if decisions[i].outcome == OWN_KERNEL]
-        generated = [i for i in mine if i not in own]
+    for stage in STAGES:
         calls = [one for one in launches if not one.is_kernel and one.name == f"diffulex::{stage}"]
-        kernels = [one for one in launches if one.is_kernel and _stage_of_kernel(one.name) == stage]
-        for places, times in ((own, calls), (generated, kernels)):
-            for place, microseconds in zip(places, _medians(times, len(places), runs), strict=False):
+        kernels = [one for one in launches if one.is_kernel and stage_of_kernel(one.name) == stage]
+        for own, mine in ((True, calls), (False, kernels)):
+            at = places(decisions, stage, own=own)
+            for place, microseconds in zip(at, _medians(mine, len(at), runs), strict=False):
                 told[place] = dataclasses.replace(told[place], measured_us=microseconds)
     return told
 
 
-def _medians(launches: Sequence[Launch], places: int, runs: int) -> list[float]:
-    """The time of each place in a call; nothing where the launches are no multiple of places and runs."""
-    if not places or not launches or len(launches) % (places * runs):
-        return []
-    times = [one.microseconds for one in sorted(launches, key=lambda one: one.start)]
-    size = len(times) // (places * runs)
-    sums = [sum(times[at : at + size]) for at in range(0, len(times), size)]
-    return [statistics.median(sums[place::places]) for place in range(places)]
+def _medians(launches: Sequence[Launch], count: int, runs: int) -> list[float]:
+    """The time of each of `count` places in a call; nothing where the launches cannot be told apart."""
+    ordered = sorted(launches, key=lambda one: one.start)
+    sums = [sum(one.microseconds for one in share) for share in shares(ordered, count * runs)]
+    return [statistics.median(sums[place::count]) for place in range(count)] if sums else []

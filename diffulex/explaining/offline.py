@@ -9,6 +9,7 @@ from torch import nn
 from lowering.report import collect
 
 from ..explanation import Report, make_report
+from .kernels import named
 
 
 def explain_offline(model: nn.Module, **inputs: Any) -> Report:
@@ -20,5 +21,5 @@ def explain_offline(model: nn.Module, **inputs: Any) -> Report:
     from lowering.inductor.offline import offline_source  # here, not above: this loads a part of the compiler
 
     with collect() as decisions:
-        offline_source(model, inputs)
-    return make_report(model, decisions, graphs=1, breaks=0)
+        code = offline_source(model, inputs)
+    return make_report(model, named(decisions, code.calls), graphs=1, breaks=0)

@@ -129,6 +129,8 @@ def _note(layer: LayerReport, count: int) -> str:
     notes = ["Left: what stands for these stages in a graph of transformers' grouped_mm."]
     if any(decision.cost is not None for decision in layer.lowered):
         notes.append("Bars: predicted times, or measured ones, to one scale; the dark part is the floor.")
+    if count > 1 and layer.generated:
+        notes.append("Names of kernels are those of the first of these layers; elsewhere other things may be fused.")
     if count > 1 and layer.measured_us is not None:
         notes.append(f"Measured times are means over the {count} layers; those in the list are of the first.")
     return " ".join(notes)
@@ -172,6 +174,7 @@ def _kernel(decision: Decision, layer: LayerReport) -> Box:
         lines[0] += f"; read by {layer.form.rpartition('then ')[2]}"
     if decision.reason is not None:
         lines.append(str(decision.reason))
+    lines += decision.kernels
     if cost is not None:
         lines.append(str(cost))
     if measured is not None:

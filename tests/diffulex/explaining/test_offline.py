@@ -50,6 +50,15 @@ def test_bytes_flop_and_times_of_each_layer(report):
         assert [d.subject for d in layer.lowered if d.cost is not None] == ["moe_expert_up", "moe_expert_down"]
 
 
+def test_each_stage_names_its_own_kernels(report):
+    """By the names that Inductor makes; the two layers are alike and share them."""
+    for layer in report.layers:
+        assert [d.subject for d in layer.lowered if not d.kernels] == []
+        assert all(d.subject in name for d in layer.lowered for name in d.kernels)
+        assert all(f"  generated   {name}" in str(report).splitlines() for name in layer.generated)
+        assert len(layer.generated) == len(layer.lowered) == 4
+
+
 def values(cost):
     return dataclasses.astuple(cost)[2:]
 

@@ -156,6 +156,15 @@ def test_layers_that_are_alike_are_one_picture():
     assert len(page.all("svg")) == 3
 
 
+def test_names_of_kernels_are_told_and_do_not_make_layers_differ():
+    name = "triton_tem_fused_moe_expert_up_{}"
+    stages = [dataclasses.replace(layer().lowered[2], kernels=(name.format(i),)) for i in (0, 1)]
+    page = page_of(*(layer(f"a.{i}", lowered=(stage,)) for i, stage in enumerate(stages)))
+    assert page.texts("h2") == ["a.0-1 (2 layers)"]
+    assert "triton_tem_fused_moe_expert_up_0" in page.texts("text")
+    assert any("the first of these layers" in words for words in page.texts("p"))
+
+
 def test_a_layer_that_was_not_captured_says_why():
     page = page_of(REFUSED)
     assert page.texts("p")[1] == "not captured: EAGER_EXPERTS: its own loop"
