@@ -31,9 +31,12 @@ def keep_decisions(module: ModuleType) -> None:
     """Have each compiled graph keep the decisions about it, and tell them again when a cache gives it back.
 
     `module` is `torch._inductor.output_code`. A graph is made once, where it is compiled, and finished once in every
-    process, also where it was loaded.
+    process, also where it was loaded. Where this Inductor has another such class, compiling goes on without it.
     """
-    graph_class = module.CompiledFxGraph
+    graph_class = getattr(module, "CompiledFxGraph", None)
+    if graph_class is None or not hasattr(graph_class, "post_compile"):
+        logger.warning("this torch keeps its compiled graphs otherwise: on a warm start no decisions are told")
+        return
     stock_init, stock_finish = graph_class.__init__, graph_class.post_compile
     made_here: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,6 +199,12 @@ def test_decisions_of_a_graph_that_failed_are_not_kept_with_the_next():
     model = Model()
     compiled(model)
     assert "of a graph that was never made" not in {decision.layer for decision in compiled(model)}
+
+
+@pytest.mark.parametrize("module", [SimpleNamespace(), SimpleNamespace(CompiledFxGraph=object)])
+def test_another_inductor_compiles_without_it(module, caplog):
+    kept.keep_decisions(module)
+    assert "on a warm start no decisions are told" in caplog.text
 
 
 def test_decisions_as_text():
