@@ -13,7 +13,7 @@ from torch import nn
 from lowering.errors import Reason, ReasonCode
 from lowering.inductor.fresh import fresh_backend, fresh_caller
 from lowering.inductor.output_code import collect_output_code
-from lowering.report import Cost, Decision, collect
+from lowering.report import Cost, Decision, collect, microseconds
 from lowering.state import is_enabled
 
 from .explaining.kernels import named
@@ -86,7 +86,7 @@ class LayerReport:
         if measured is not None:
             floor = "" if cost is None else f" (floor: {cost.floor_us / measured:.0%})"
             count = sum(decision.measured_us is not None for decision in self.lowered)
-            told.append(f"measured {measured:.3g} us in {count} of {len(self.lowered)} stages{floor}")
+            told.append(f"measured {microseconds(measured)} in {count} of {len(self.lowered)} stages{floor}")
         return "; ".join(told)
 
     def to_dict(self) -> dict[str, Any]:

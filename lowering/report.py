@@ -18,6 +18,11 @@ logger = logging.getLogger("diffulex")
 OWN_KERNEL = "the op's own kernel"
 
 
+def microseconds(value: float) -> str:
+    """`1766 us`, `267 us`, `5.48 us`."""
+    return f"{value:.0f} us" if value >= 100 else f"{value:.3g} us"
+
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """What the cost model says of one launch: `bytes` that have to be moved and `flop`, the microseconds that the
@@ -32,10 +37,8 @@ class Cost:
     predicted_us: float
 
     def __str__(self) -> str:
-        fraction = self.floor_us / self.predicted_us
-        return (
-            f"predicted {self.predicted_us:.3g} us at {self.rows} rows, floor {self.floor_us:.3g} us ({fraction:.0%})"
-        )
+        floor = f"floor {microseconds(self.floor_us)} ({self.floor_us / self.predicted_us:.0%})"
+        return f"predicted {microseconds(self.predicted_us)} at {self.rows} rows, {floor}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Decision:
         if self.measured_us is None:
             return told
         floor = f" (floor: {self.cost.floor_us / self.measured_us:.0%})" if self.cost is not None else ""
-        return f"{told}; measured {self.measured_us:.3g} us{floor}"
+        return f"{told}; measured {microseconds(self.measured_us)}{floor}"
 
 
 _lock = threading.Lock()

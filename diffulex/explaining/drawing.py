@@ -8,6 +8,8 @@ import re
 import textwrap
 from collections.abc import Sequence
 
+from lowering.report import microseconds
+
 # layout in user units; one is a CSS pixel where the page is wide enough
 WIDTH = 1000
 _LEFT, _RIGHT = (20, 300), (400, 580)  # x and width of the columns
@@ -113,7 +115,7 @@ def _bar(bar: Bar, at: tuple[float, float], *, room: float, longest: float) -> s
     scale = room / longest if longest > 0 else 0.0
     place = f'x="{at[0]:g}" y="{at[1]:g}" height="{_BAR}" rx="2"'
     return (
-        f"<g><title>{text(f'{bar.whole:.3g} us, of which the floor is {bar.part:.3g} us')}</title>"
+        f"<g><title>{text(f'{microseconds(bar.whole)}, of which the floor is {microseconds(bar.part)}')}</title>"
         f'<rect class="whole" {place} width="{bar.whole * scale:.1f}"/>'
         f'<rect class="floor" {place} width="{min(bar.part, bar.whole) * scale:.1f}"/></g>'
     )

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from lowering.report import Decision
+from lowering.report import Decision, microseconds
 
 from .drawing import Bar, Box, Row, draw, text
 
@@ -179,7 +179,7 @@ def _kernel(decision: Decision, layer: LayerReport) -> Box:
         lines.append(str(cost))
     if measured is not None:
         floor = f", {cost.floor_us / measured:.0%} of it is the floor" if cost is not None else ""
-        lines.append(f"measured {measured:.3g} us{floor}")
+        lines.append(f"measured {microseconds(measured)}{floor}")
     shown = measured if measured is not None else cost.predicted_us if cost is not None else None
     bar = None if shown is None else Bar(shown, cost.floor_us if cost is not None else 0.0)
     return Box(decision.subject, tuple(lines), bar)

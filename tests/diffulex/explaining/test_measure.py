@@ -10,7 +10,7 @@ import diffulex
 from diffulex.explaining.measure import Launch, attribute
 from diffulex.explanation import LayerReport
 from lowering.errors import MoEUnsupportedError, Reason, ReasonCode
-from lowering.report import OWN_KERNEL, Cost, Decision
+from lowering.report import OWN_KERNEL, Cost, Decision, microseconds
 from tests.support.two_layers import Model
 
 UP = Decision("lower", "moe_expert_up", "layers.0", "triton up")
@@ -89,7 +89,7 @@ def test_a_model_is_measured():
     for layer in report.layers:
         assert [decision.measured_us > 0 for decision in layer.lowered] == [True] * 4
         assert layer.measured_us == pytest.approx(sum(decision.measured_us for decision in layer.lowered))
-        assert f"measured {layer.measured_us:.3g} us in 4 of 4 stages" in layer.times
+        assert f"measured {microseconds(layer.measured_us)} in 4 of 4 stages" in layer.times
         assert all("; measured " in kernel for kernel in layer.kernels)
         assert layer.cost is None, "a CPU is not described"
     assert report.layers[0].measured_us != report.layers[1].measured_us

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffulex.explaining.offline import explain_offline
-from lowering.report import Cost
+from lowering.report import Cost, microseconds
 from lowering.schedule.device import H100
 from tests.support.inputs import BlockForm
 from tests.support.two_layers import Model
@@ -67,9 +67,8 @@ def test_they_are_in_text_and_in_json(report):
     layer = report.layers[0]
     cost = layer.cost
     fraction = cost.floor_us / cost.predicted_us
-    assert f"predicted {cost.predicted_us:.3g} us at 256 rows, floor {cost.floor_us:.3g} us ({fraction:.0%})" in str(
-        report
-    )
+    floor = f"floor {microseconds(cost.floor_us)} ({fraction:.0%})"
+    assert f"predicted {microseconds(cost.predicted_us)} at 256 rows, {floor}" in str(report)
     parsed = json.loads(report.to_json())["layers"][0]
     assert parsed["cost"] == dataclasses.asdict(cost) | {"floor_of_predicted": fraction}
     assert [stage["stage"] for stage in parsed["stages"]] == [d.subject for d in layer.lowered]
