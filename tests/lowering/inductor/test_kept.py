@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
 from torch._inductor.utils import fresh_cache
 
+import diffulex  # noqa: F401  installs what is tested
 from lowering.errors import Reason, ReasonCode
 from lowering.inductor import kept
 from lowering.report import Cost, Decision, collect, decisions_from_json, decisions_to_json, record, take_decisions
@@ -63,6 +65,7 @@ def starts(tmp_path_factory):
     return start(folder, "cold"), start(folder, "warm")
 
 
+@pytest.mark.slow
 def test_a_warm_start_has_the_decisions_of_the_cold_one(starts):
     (cold, _, _), (warm, _, _) = starts
     assert (cold["hit"], cold["miss"]) == (0, 1)
@@ -74,6 +77,7 @@ def test_a_warm_start_has_the_decisions_of_the_cold_one(starts):
     assert lowered == {(stage, f"layers.{layer}.experts") for layer in (0, 1) for stage in STAGES}
 
 
+@pytest.mark.slow
 def test_torch_logs_shows_decisions_once(starts):
     """`import torch` imports what TORCH_LOGS names, which here is in the middle of importing torch."""
     for (said, log, _), mark in zip(starts, ("", ", from the cache"), strict=True):
@@ -100,6 +104,7 @@ def artifacts(folder):
     return found
 
 
+@pytest.mark.slow
 def test_the_structured_trace_has_a_report_for_each_graph(starts):
     for (said, _, trace), replayed in zip(starts, (False, True), strict=True):
         ((head, payload),) = artifacts(trace)
@@ -142,6 +147,27 @@ def test_forward_and_backward_keep_their_own():
 
     assert sorted_texts(warm) == sorted_texts(cold)
     assert {decision.replayed for decision in warm} == {True}
+
+
+@pytest.mark.parametrize(("bundled", "replayed_passes"), [(True, True), (None, False)], ids=["bundled", "no_autograd"])
+def test_other_caches_of_graphs(bundled, replayed_passes):
+    """Where AOTAutograd's cache holds the code itself, and where it is off, so that the passes run again."""
+    options = {"enable_autograd_cache": False} if bundled is None else {"bundled_autograd_cache": bundled}
+    model = Model()
+    with functorch_config.patch(options):
+        cold, warm = compiled(model), compiled(model)
+    assert warm == cold
+    assert [d.replayed for d in warm] == [d.stage != "recognise" or replayed_passes for d in cold]
+
+
+def test_caches_that_are_carried_elsewhere():
+    model = Model()
+    cold = compiled(model)
+    artifacts, _ = torch.compiler.save_cache_artifacts()
+    with fresh_cache():
+        torch.compiler.load_cache_artifacts(artifacts)
+        warm = compiled(model)
+    assert warm == cold and {decision.replayed for decision in warm} == {True}
 
 
 def test_an_entry_of_another_layer_takes_the_names_that_the_passes_saw():
