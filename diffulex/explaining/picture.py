@@ -128,7 +128,7 @@ def _note(layer: LayerReport, count: int) -> str:
     """How the left side is known, and what the bars are."""
     notes = ["Left: what stands for these stages in a graph of transformers' grouped_mm."]
     if any(decision.cost is not None for decision in layer.lowered):
-        notes.append("Bars: predicted times, or measured ones, to one scale; the dark part is the floor.")
+        notes.append("Bars: predicted times, or measured ones, to one scale; the coloured part is the floor.")
     if count > 1 and layer.generated:
         notes.append("Names of kernels are those of the first of these layers; elsewhere other things may be fused.")
     if count > 1 and layer.measured_us is not None:
