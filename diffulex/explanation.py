@@ -12,9 +12,11 @@ from torch import nn
 
 from lowering.errors import Reason, ReasonCode
 from lowering.inductor.fresh import fresh_backend, fresh_caller
-from lowering.report import Decision, collect
+from lowering.inductor.output_code import collect_output_code
+from lowering.report import Cost, Decision, collect, microseconds
 from lowering.state import is_enabled
 
+from .explaining.kernels import named
 from .integrations.transformers import DEVICES
 
 _GEMM_OPS = frozenset({"moe_expert_up", "moe_expert_down"})
@@ -29,7 +31,7 @@ INFERENCE, TRAINING = "inference (no_grad)", "training"
 class LayerReport:
     """One MoE layer. `captured`: its experts run through the ops; `form`: sizes and activation of its region;
     `kernels`: one line per stage that was lowered, more where graphs or directions differ; `shared_expert`: what became
-    of a dense MLP beside the experts, empty where there is none.
+    of a dense MLP beside the experts, empty where there is none; `lowered`: the decisions behind `kernels`.
     """
 
     name: str
@@ -41,11 +43,60 @@ class LayerReport:
     activation: str
     reason: str | None = None
     shared_expert: str = ""
+    lowered: tuple[Decision, ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def stages(self) -> frozenset[str]:
         """The ops the layer runs."""
         return frozenset(kernel.split()[0] for kernel in self.kernels)
+
+    @property
+    def generated(self) -> tuple[str, ...]:
+        """The generated kernels in the order of the stages; Inductor calls them after the operations they come from."""
+        return tuple(dict.fromkeys(name for decision in self.lowered for name in decision.kernels))
+
+    @property
+    def cost(self) -> Cost | None:
+        """What the cost model says of the routed experts' GEMMs (weight gradients aside) together, one after the other.
+
+        None where it does not know one of them: on devices that are not described, and in dtypes that are not.
+        """
+        costs = [decision.cost for decision in self.lowered if decision.subject in _GEMM_OPS]
+        known = [cost for cost in costs if cost is not None]
+        if not known or len(known) < len(costs):
+            return None
+        sums = {
+            name: sum(getattr(cost, name) for cost in known) for name in ("bytes", "flop", "floor_us", "predicted_us")
+        }
+        return Cost(known[0].device, max(cost.rows for cost in known), **sums)
+
+    @property
+    def measured_us(self) -> float | None:
+        """Microseconds of all stages together that were measured, with what is fused into them; None without any."""
+        times = [decision.measured_us for decision in self.lowered if decision.measured_us is not None]
+        return sum(times) if times else None
+
+    @property
+    def times(self) -> str:
+        """Bytes, FLOP and times in one line; empty where nothing is known."""
+        cost, measured = self.cost, self.measured_us
+        told = [] if cost is None else [
+            f"{_si(cost.bytes)}B and {_si(cost.flop)}FLOP in the routed experts' GEMMs on {cost.device}, {cost}",
+        ]  # fmt: skip
+        if measured is not None:
+            floor = "" if cost is None else f" (floor: {cost.floor_us / measured:.0%})"
+            count = sum(decision.measured_us is not None for decision in self.lowered)
+            told.append(f"measured {microseconds(measured)} in {count} of {len(self.lowered)} stages{floor}")
+        return "; ".join(told)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON says of the layer."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "lowered"}
+        stages = [
+            {"stage": d.subject, "kernel": d.outcome, "generated": d.kernels, **_times(d.cost, d.measured_us)}
+            for d in self.lowered
+        ]
+        return fields | {"stages": stages, **_times(self.cost, self.measured_us)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +121,14 @@ class Report:
 
     def to_json(self) -> str:
         """The report as a JSON object, decisions left out."""
-        fields = {k: v for k, v in dataclasses.asdict(self).items() if k != "decisions"}
-        return json.dumps(fields, indent=2)
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "decisions"}
+        return json.dumps(fields | {"layers": [layer.to_dict() for layer in self.layers]}, indent=2)
+
+    def to_html(self) -> str:
+        """The report as one HTML page with a picture of each form of layer, before and after; it loads nothing."""
+        from .explaining.picture import page
+
+        return page(self)
 
     def __str__(self) -> str:
         counts = f"{len(self.layers)} MoE layers, {self.graphs} graph(s), {self.breaks} graph break(s)"
@@ -87,10 +144,29 @@ class Report:
                     f"  activation  {layer.activation}",
                 ]
                 lines += [f"  shared      {layer.shared_expert}"] if layer.shared_expert else []
+                lines += [f"  times       {layer.times}"] if layer.times else []
                 lines += [f"  {kernel}" for kernel in layer.kernels]
+                lines += [f"  generated   {name}" for name in layer.generated]
         if self.unattributed:
             lines += ["in no layer known by name:", *(f"  {kernel}" for kernel in self.unattributed)]
         return "\n".join(lines)
+
+
+def _times(cost: Cost | None, measured_us: float | None) -> dict[str, Any]:
+    times: dict[str, Any] = {"cost": None, "measured_us": measured_us}
+    if cost is not None:
+        times["cost"] = dataclasses.asdict(cost) | {"floor_of_predicted": cost.floor_us / cost.predicted_us}
+        if measured_us is not None:
+            times["floor_of_measured"] = cost.floor_us / measured_us
+    return times
+
+
+def _si(number: float) -> str:
+    """`1.21 G` of 1.21e9."""
+    for power, prefix in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if number >= 10**power:
+            return f"{number / 10**power:.3g} {prefix}"
+    return f"{number:.3g} "
 
 
 def find_experts(model: nn.Module) -> dict[str, nn.Module]:
@@ -117,8 +193,11 @@ def find_experts(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
+def explain(model: nn.Module, *args: Any, measure: bool = False, **kwargs: Any) -> Report:
     """Compile `model` once for these inputs (tensors [B, S] or [T, H] of any dtype), run it, and report.
+
+    measure: profile a few further runs, and report what each stage took (in inference; what cannot be measured is
+    `MoEUnsupportedError`).
 
     A model in eval mode is explained for inference, under `torch.no_grad`, one in train mode for training (unless
     inside `torch.no_grad`). Compiles afresh with caches off, so that every decision is seen; the model and earlier
@@ -129,6 +208,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     from torch._dynamo.utils import counters
     from torch._inductor import config as inductor_config
 
+    from lowering.inductor.offline import launches
+
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
     training = model.training and torch.is_grad_enabled()
     graphs_before, breaks_before = counters["stats"]["unique_graphs"], counters["graph_break"].copy()
@@ -138,7 +219,16 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
         dynamo_config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT),
         collect() as decisions,
     ):
-        torch.compile(fresh_caller(model), backend=fresh_backend())(*args, **kwargs)
+        compiled = torch.compile(fresh_caller(model), backend=fresh_backend())
+        if measure:
+            from .explaining.measure import check_measurable, measured
+
+            check_measurable(training=training)
+        with collect_output_code() as wrappers:
+            compiled(*args, **kwargs)
+        decisions[:] = named(decisions, [name for wrapper in wrappers for name in launches(wrapper)])
+        if measure:
+            decisions[:] = measured(lambda: compiled(*args, **kwargs), decisions)
     graphs, breaks = counters["stats"]["unique_graphs"] - graphs_before, counters["graph_break"] - breaks_before
     report = make_report(model, decisions, graphs=graphs, breaks=breaks.total(), break_reasons=tuple(breaks))
     return dataclasses.replace(report, mode=TRAINING if training else INFERENCE)
@@ -193,13 +283,9 @@ def _lines(decisions: Iterable[Decision]) -> tuple[str, ...]:
     """One line for each thing that was said of a subject, the subjects in the order in which they first came."""
     told: dict[str, dict[str, None]] = {}
     for decision in decisions:
-        told.setdefault(decision.subject, {})[_told(decision)] = None
+        told.setdefault(decision.subject, {})[decision.told] = None
     width = max(map(len, told), default=0)
     return tuple(f"{subject:{width}} {line}" for subject, lines in told.items() for line in lines)
-
-
-def _told(decision: Decision) -> str:
-    return decision.outcome + (f" ({decision.reason})" if decision.reason is not None else "")
 
 
 def _layer(name: str, module: nn.Module | None, decisions: list[Decision]) -> LayerReport:
@@ -216,11 +302,12 @@ def _layer(name: str, module: nn.Module | None, decisions: list[Decision]) -> La
         activation=_outcomes(decisions, "activation_pass"),
         shared_expert=_outcomes(decisions, "shared_expert_pass", "shared_expert", default=""),
         reason=None if captured else str(_why_not(module, decisions)),
+        lowered=tuple(lowered),
     )
 
 
 def _outcomes(decisions: list[Decision], *subjects: str, default: str = "not looked at") -> str:
-    told = dict.fromkeys(_told(decision) for decision in decisions if decision.subject in subjects)
+    told = dict.fromkeys(decision.told for decision in decisions if decision.subject in subjects)
     return "; ".join(told) or default
 
 

@@ -15,7 +15,8 @@ import torch
 
 from lowering.errors import MoEConfigError, MoEErrorMixin, MoEOptionError, MoERangeError, MoEUnsupportedError
 
-from ..explanation import explain
+from ..explaining.offline import explain_offline
+from ..explanation import Report, explain
 from ..families.build import options_of
 from .demo import choose_device
 from .progress import progress
@@ -38,8 +39,13 @@ def add_parser(commands: Any) -> None:
     option("--tokens", type=int, default=64, metavar="N", help="length of the input (default 64)")
     option("--layers", type=int, metavar="N", help="build only the first N layers")
     option("--json", action="store_true", help="print the report as JSON")
+    option("--html", type=Path, metavar="FILE", help="also write the report as one HTML page, with a picture")
+    option("--measure", action="store_true", help="profile a few runs and report what each stage took")
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one"
+        "--device",
+        choices=("auto", "cpu", "cuda", "h100"),
+        default="auto",
+        help="default: cuda where there is one; h100: code is generated for one, no GPU is needed and nothing runs",
     )
     parser.set_defaults(run=run)
 
@@ -49,14 +55,40 @@ def run(args: argparse.Namespace) -> int:
     for option, value in (("--tokens", args.tokens), ("--layers", args.layers)):
         if value is not None and value < 1:
             raise MoERangeError.of(option, expected="at least 1", got=str(value), hint="Give a positive number.")
-    device = choose_device(args.device)
-    model = build_model(load_config(args.model, layers=args.layers), device)
-    ids = torch.randint(1, model.config.get_text_config().vocab_size, (1, args.tokens), device=device)
+    if args.html is not None:
+        _check_writable(args.html)
+    report = _report(args)
+    print(report.to_json() if args.json else report)
+    if args.html is not None:
+        args.html.write_text(report.to_html(), encoding="utf-8")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> Report:
+    config, absent = load_config(args.model, layers=args.layers), args.device == "h100"
+    if absent and args.measure:
+        raise MoEOptionError.of(
+            "--measure", expected="a device that is there", got="--device h100", hint="Leave one of the two out."
+        )
+    device = torch.device("meta") if absent else choose_device(args.device)
+    model = build_model(config, device)
+    on = torch.device("cpu") if absent else device
+    ids = torch.randint(1, model.config.get_text_config().vocab_size, (1, args.tokens), device=on)
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     with progress("compiling", 1), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="dynamo_pgo")  # explain compiles without caches, as it should
-        report = explain(model, input_ids=ids, use_cache=False)
-    print(report.to_json() if args.json else report)
-    return 0
+        return explain_offline(model, **inputs) if absent else explain(model, measure=args.measure, **inputs)
+
+
+def _check_writable(file: Path) -> None:
+    """Raise `MoEOptionError` before anything is compiled for a page that cannot be written."""
+    try:
+        with file.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise MoEOptionError.of(
+            "--html", expected="a file that can be written", got=f"{file} ({error.strerror})", hint="Name another one."
+        ) from error
 
 
 def load_config(name: str, *, layers: int | None = None) -> Any:
@@ -104,7 +136,7 @@ def _cut(config: Any, layers: int) -> Any:
 
 
 def build_model(config: Any, device: torch.device) -> Any:
-    """A causal LM in eval mode with random weights: bfloat16 on CUDA, float32 on the CPU."""
+    """A causal LM in eval mode with random weights: bfloat16 on CUDA and the meta device, float32 on the CPU."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -114,10 +146,13 @@ def build_model(config: Any, device: torch.device) -> Any:
             got=f"model type {config.model_type!r}",
             hint="Call diffulex.explain(model, *inputs) from Python for other models.",
         )
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     with _refused(f"a configuration that {config.model_type} can be built from"):
         with torch.device("meta"):
-            _check_memory(AutoModelForCausalLM.from_config(config, dtype=dtype), device)
+            weightless = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        if device.type == "meta":
+            return weightless
+        _check_memory(weightless, device)
         torch.manual_seed(0)
         with device:
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()

@@ -29,6 +29,7 @@ from torch._inductor.select_algorithm import (
 )
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.utils._ordered_set import OrderedSet
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "realize_inputs",
     "register_lowering",
     "run_template",
+    "size_hint",
     "static_size",
 ]
 
@@ -72,6 +74,14 @@ def fixed_layout(like: Any, dtype: torch.dtype, size: Sequence[Any]) -> Any:
 def known_size(size: Any) -> int | None:
     """A size as an int where it is one, sympy's integers included; None where it is symbolic."""
     return int(size) if isinstance(size, int | sympy.Integer) else None
+
+
+def size_hint(size: Any) -> int | None:
+    """A size, where it is symbolic that of the inputs which are compiled for; no guard. None where data decides it."""
+    known = known_size(size)
+    if known is not None or has_free_unbacked_symbols(size):
+        return known
+    return int(V.graph.sizevars.optimization_hint(size))
 
 
 def static_size(size: Any) -> int:

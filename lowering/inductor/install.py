@@ -12,6 +12,7 @@ from ..after_import import after_import
 from ..ops import _library
 from ..templates.scratch import lend_memory
 from .identity import fingerprint
+from .kept import keep_decisions
 from .switch import guard_on_switch
 
 # The first so that a `config.patch` around the first compilation restores our pass and not its absence; the second,
@@ -41,4 +42,5 @@ def install() -> None:
     for name in _SLOT_MODULES:
         after_import(name, _on_slot)
     after_import("torch._dynamo.output_graph", guard_on_switch)
+    after_import("torch._inductor.output_code", keep_decisions)
     after_import("triton.runtime._allocation", lend_memory)

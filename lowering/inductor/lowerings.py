@@ -15,7 +15,8 @@ import torch
 from .. import ops  # noqa: F401  the ops have to exist
 from ..activation import IDENTITY, canonical, intermediate_size
 from ..errors import Reason, ReasonCode
-from ..report import OWN_KERNEL, layer_of, record
+from ..report import OWN_KERNEL, Cost, layer_of, record
+from ..schedule.cost_model import cost
 from ..schedule.device import device_spec
 from ..schedule.schedule import TMA_ALIGNMENT, GemmShape, Schedule, tma_refusal
 from ..templates.eager import dot_precision, down_variant, gemm_constants, power_of_two, up_variant
@@ -42,10 +43,10 @@ def refusal(node: Any, dtypes: tuple[torch.dtype, ...] = _KERNEL_DTYPES) -> Reas
     return None
 
 
-def note(op: str, outcome: str, *, reason: Reason | None = None) -> None:
+def note(op: str, outcome: str, *, reason: Reason | None = None, cost: Cost | None = None) -> None:
     """Record what became of the op being lowered."""
     node = _compat.current_fx_node()
-    record("lower", op, layer=layer_of(node) if node is not None else "", outcome=outcome, reason=reason)
+    record("lower", op, layer=layer_of(node) if node is not None else "", outcome=outcome, reason=reason, cost=cost)
 
 
 def fallback_noted(op: Any, reason: Reason, *args: Any) -> Any:
@@ -155,8 +156,9 @@ def expert_gemm(
         refused = tma_refusal("W", sizes, strides=strides, element_size=shape.element_size)
         reason = pointers_reason(rows, shape, refused=refused, device=weight.get_device())
     constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
+    device = device_spec(weight.get_device().index or 0)
     if schedule.loop.tma:
-        constants["PROGRAMS"] = device_spec(weight.get_device().index or 0).num_sms
+        constants["PROGRAMS"] = device.num_sms
     mutated: list[Any] = []
     out = None
     if unsorted is not None:
@@ -185,7 +187,9 @@ def expert_gemm(
         early=early,
     )
     sorts = "" if unsorted is None else ", sorts the slots"
-    note(op, f"triton {template.name} {schedule}{sorts}{told(early)}", reason=reason)
+    hint = _compat.size_hint(rows)
+    predicted = None if hint is None else cost(hint, shape, schedule=schedule, device=device)
+    note(op, f"triton {template.name} {schedule}{sorts}{told(early)}", reason=reason, cost=predicted)
     return result if out is None else (result, out)
 
 

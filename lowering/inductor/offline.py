@@ -268,6 +268,14 @@ def _scratch_caches() -> Iterator[None]:
         raise failure
 
 
+def launches(wrapper_source: str) -> tuple[str, ...]:
+    """Names of the generated kernels that a wrapper launches, one a launch, in order; none of one in C++."""
+    try:
+        return _split(wrapper_source, ()).calls
+    except SyntaxError:
+        return ()
+
+
 def _split(wrapper_source: str, inputs: tuple[str, ...]) -> OfflineCode:
     """Find kernels, launches and library calls in a generated wrapper."""
     tree = ast.parse(wrapper_source)

@@ -9,6 +9,7 @@ import torch._inductor.config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
+from ..report import take_decisions
 from ..state import is_enabled
 from .identity import fingerprint
 
@@ -26,6 +27,7 @@ class MoEPasses(CustomGraphPass):
         """Rewrite the graph in place."""
         for other in self._others():
             other(graph)
+        take_decisions()  # of a graph whose compilation failed: the next graph's are kept with the graph
         if is_enabled():
             register_lowerings()
             importlib.import_module("lowering.graph.pipeline").run_passes(graph)

@@ -3,15 +3,19 @@
 Three terms: bytes (from memory once, or once a row tile where the order of the tiles leaves nothing of an expert in L2,
 at the rate the loads in flight can sustain; from L2 once a tile), matrix work (tiles with their padding, in whole waves
 over the SMs), and fixed costs per launch and per tile. Routing is taken as uniform.
+
+The floor of a GEMM is what its bytes take, moved once at the nominal bandwidth, or its FLOP at the nominal rate.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import sympy
 
+from ..report import Cost
 from .device import DeviceSpec
 from .schedule import GemmShape, Schedule
 
@@ -59,11 +63,25 @@ def _matrix_efficiency() -> sympy.Expr:
     return rows * depth * loop * sympy.Min(1, reuse / c["reuse"])
 
 
+def _hit() -> sympy.Expr:
+    """Experts that have a row."""
+    return E * (1 - (1 - 1 / E) ** N)
+
+
+def _bytes_moved(experts: Any) -> sympy.Expr:
+    """Bytes from and to memory, with the weights of so many experts (of one as often as it is read)."""
+    return experts * W * G * D * B + N * (D + W) * B
+
+
+def _flop(rows: Any, width: Any) -> sympy.Expr:
+    return 2 * rows * width * G * D
+
+
 @functools.cache
 def gemm_time() -> sympy.Expr:
     """Seconds of one launch, in the symbols above and the fitted constants."""
     c = _CONSTANT
-    hit = E * (1 - (1 - 1 / E) ** N)
+    hit = _hit()
     row_tiles = hit * sympy.Max(1, N / hit / BM + sympy.Rational(1, 2))
     programs = row_tiles * sympy.ceiling(W / BN)
 
@@ -74,13 +92,12 @@ def gemm_time() -> sympy.Expr:
     in_flight = BN * G * BK * B * (STAGES - 1)
     rate = sympy.Min(BANDWIDTH * c["memory_efficiency"], sympy.Min(programs, SMS * resident) * in_flight / c["latency"])
     rate *= sympy.Piecewise((c["short_rows"], BK * B < 256), (1, True))
-    expert = W * G * D * B
-    kept = sympy.Or(GROUPED > 0, expert < c["l2_share"] * L2)
-    from_memory = sympy.Piecewise((hit, kept), (row_tiles, True)) * expert + N * (D + W) * B
+    kept = sympy.Or(GROUPED > 0, c["l2_share"] * L2 > W * G * D * B)
+    from_memory = _bytes_moved(sympy.Piecewise((hit, kept), (row_tiles, True)))
     from_l2 = programs * (BN * G + BM) * D * B
     memory = sympy.Max(from_memory / rate, from_l2 / (BANDWIDTH * c["l2_rate"]))
 
-    tile_time = 2 * BM * BN * G * D / (MATRIX / SMS * _matrix_efficiency())
+    tile_time = _flop(BM, BN) / (MATRIX / SMS * _matrix_efficiency())
     matrix = sympy.Max(1, programs / SMS + c["imbalance"]) * tile_time
     waves = sympy.Max(1, programs / (SMS * resident))
     steps = c["step"] * (1 + TMA * (c["tma_step"] - 1)) * sympy.ceiling(D / BK) * waves
@@ -130,3 +147,23 @@ def _evaluator() -> Callable[..., float]:
 def predict(rows: int, shape: GemmShape, *, schedule: Schedule, device: DeviceSpec) -> float:
     """Seconds of one expert GEMM over `rows` rows."""
     return float(_evaluator()(*arguments(rows, shape, schedule=schedule, device=device)))
+
+
+@functools.cache
+def _least() -> Callable[..., tuple[float, float, float]]:
+    """(bytes, FLOP, seconds of the floor) of the values of `ARGUMENTS`."""
+    least_bytes, flop = _bytes_moved(_hit()), _flop(N, W)
+    floor = sympy.Max(least_bytes / BANDWIDTH, flop / MATRIX)
+    function: Callable[..., tuple[float, float, float]] = sympy.lambdify(
+        ARGUMENTS, (least_bytes, flop, floor), modules="math"
+    )
+    return function
+
+
+def cost(rows: int, shape: GemmShape, *, schedule: Schedule, device: DeviceSpec) -> Cost | None:
+    """What the model says of one expert GEMM; None without rows, and in dtypes other than those it was fitted to."""
+    if rows < 1 or shape.element_size != 2:
+        return None
+    least_bytes, flop, floor = _least()(*arguments(rows, shape, schedule=schedule, device=device))
+    predicted = predict(rows, shape, schedule=schedule, device=device)
+    return Cost(device.name, rows, float(least_bytes), float(flop), floor_us=floor * 1e6, predicted_us=predicted * 1e6)

@@ -16,34 +16,7 @@ from lowering.errors import Reason, ReasonCode
 from lowering.report import OWN_KERNEL, Decision
 from tests.support.experts import make_case
 from tests.support.graphs import stop_at_lowerings
-from tests.support.inputs import FORMS
-
-FORM = FORMS["plain"].replace(dtype=torch.float32)
-
-
-def interface(self, *tensors):
-    """What transformers' decorated experts do: look their function up by the name in the configuration."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    return ALL_EXPERTS_FUNCTIONS[self.config._experts_implementation](self, *tensors)
-
-
-class Model(nn.Module):
-    """Two layers of experts in one list; `ids` and weights are given, so that no graph needs C++."""
-
-    def __init__(self, *, breaks=False, implementation="grouped_mm"):
-        super().__init__()
-        case = make_case(FORM, interface)
-        self.layers = nn.ModuleList(nn.ModuleDict({"experts": make_case(FORM, interface).module}) for _ in range(2))
-        for layer in self.layers:
-            layer["experts"].config._experts_implementation = implementation
-        self.breaks, self.inputs = breaks, case.inputs
-
-    def forward(self, hidden, ids, weights):
-        hidden = self.layers[0]["experts"](hidden, ids, weights)
-        if self.breaks:
-            torch._dynamo.graph_break()
-        return self.layers[1]["experts"](hidden, ids, weights)
+from tests.support.two_layers import FORM, Model, interface
 
 
 @pytest.fixture(autouse=True)

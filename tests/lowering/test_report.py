@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowering.errors import Reason, ReasonCode
-from lowering.report import Decision, collect, layer_of, record
+from lowering.report import Decision, collect, layer_of, microseconds, record
 from tests.support.graphs import backend_with, calls
 
 
@@ -120,3 +120,9 @@ def test_layer_of_real_graphs(train):
     torch._dynamo.reset()
     torch.compile(Block(), backend=backend)(torch.ones(2, requires_grad=train))
     assert layers == ["layers.0.act", "layers.1.act"]
+
+
+def test_microseconds():
+    assert [microseconds(value) for value in (1766.2, 267.4, 99.94, 5.484, 0.0123)] == [
+        *("1766 us", "267 us", "99.9 us", "5.48 us", "0.0123 us"),
+    ]

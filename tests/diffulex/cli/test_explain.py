@@ -79,3 +79,26 @@ def test_the_report_is_printed_as_json(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["graphs"] == 1 and report["breaks"] == 0
     assert [layer["captured"] for layer in report["layers"]] == [True]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: nothing to fake")
+def test_a_page_for_an_h100_that_is_not_there(tmp_path, capsys):
+    file = tmp_path / "report.html"
+    assert main(["explain", "qwen3_moe", "--layers", "1", "--device", "h100", "--html", str(file)]) == 0
+    shown, page = capsys.readouterr().out, file.read_text(encoding="utf-8")
+    assert "captured, generated Triton" in shown and "us at 128 rows, floor " in shown
+    assert page.startswith("<!DOCTYPE html>") and page.count("<svg") == 1
+    assert "us at 128 rows, floor " in page
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--html", "/dev/null/report.html"], "--html: expected a file that can be written, got /dev/null/report.html"),
+        (["--device", "h100", "--measure"], "--measure: expected a device that is there, got --device h100"),
+    ],
+)
+def test_what_cannot_be_had_is_said_before_anything_is_compiled(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(explain, "build_model", None)
+    assert main(["explain", "qwen3_moe", *options]) == 2
+    assert message in capsys.readouterr().err

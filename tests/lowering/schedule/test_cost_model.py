@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowering.schedule import cost_model
-from lowering.schedule.cost_model import ARGUMENTS, CONSTANTS, gemm_time, predict
+from lowering.schedule.cost_model import ARGUMENTS, CONSTANTS, cost, gemm_time, predict
 from lowering.schedule.device import H100
 from lowering.schedule.plan import candidates
 from lowering.schedule.schedule import GemmShape, Schedule
@@ -93,3 +93,25 @@ def test_small_tiles_for_few_rows_and_large_tiles_for_many():
     shape, small, large = SHAPES[0], Schedule(16, 64, 128, 4, 4), Schedule(128, 128, 64, 8, 4)
     assert seconds(64, shape, small) < seconds(64, shape, large)
     assert seconds(1 << 17, shape, small) > seconds(1 << 17, shape, large)
+
+
+@given(cases())
+def test_what_a_gemm_is_reported_to_cost(case):
+    rows, shape, schedule = case
+    told = cost(rows, shape, schedule=schedule, device=H100)
+    if shape.element_size != 2:
+        assert told is None
+        return
+    hit = shape.num_experts * -math.expm1(rows * math.log1p(-1 / shape.num_experts)) if shape.num_experts > 1 else 1
+    columns = shape.width * (2 if shape.gated else 1)
+    weights, activations = hit * columns * shape.depth * 2, rows * (shape.depth + shape.width) * 2
+    assert told.bytes == pytest.approx(weights + activations, rel=1e-9)
+    assert told.flop == 2 * rows * columns * shape.depth
+    assert told.floor_us == pytest.approx(1e6 * max(told.bytes / H100.bandwidth, told.flop / H100.matrix_rate))
+    assert told.predicted_us == pytest.approx(1e6 * seconds(*case))
+    assert told.floor_us < told.predicted_us
+    assert (told.device, told.rows) == ("H100", rows)
+
+
+def test_nothing_is_reported_without_rows():
+    assert cost(0, SHAPES[0], schedule=candidates(SHAPES[0], H100)[0], device=H100) is None
