@@ -104,6 +104,7 @@ class ReasonCode(enum.Enum):
     SHAPE = "a shape is not what the kernel needs"
     LAYOUT = "the strides are not what the kernel needs"
     ALIGNMENT = "addresses or strides are not multiples of what the kernel needs"
+    WRAPPER = "what launches the kernels does not give this one what it needs"
     SCHEDULE = "another way is faster at this size"
     SHARED_USE = "an intermediate is also used elsewhere"
     NOT_POINTWISE = "the activation is not a pointwise formula of gate and up"

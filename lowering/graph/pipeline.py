@@ -9,6 +9,7 @@ from torch.fx import Graph, Node
 
 from ..report import layer_of, logger, record
 from .activation_pass import ActivationRecord, activation_pass
+from .exported import drop_bystanders
 from .regions import find_regions
 from .route_linear_pass import RouteLinearRecord, route_linear_pass
 from .route_pass import RouteRecord, route_pass
@@ -70,6 +71,7 @@ def run_passes(graph: Graph, *, skip: Collection[str] = ()) -> Graph:
     """
     if not any(_may_be_experts(node) for node in graph.nodes):
         return graph
+    drop_bystanders(graph)
     for name, function in _PASSES.items():
         if name in skip:
             continue

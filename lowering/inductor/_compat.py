@@ -11,6 +11,7 @@ from typing import Any
 import sympy
 import torch
 from torch._inductor import config, ir
+from torch._inductor.codegen.common import TritonScratchWorkspace, get_device_op_overrides
 from torch._inductor.codegen.triton import TritonKernel
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.lowering import (
@@ -52,6 +53,7 @@ __all__ = [
     "known_size",
     "known_stride",
     "knows_launches",
+    "lends_scratch",
     "lowerings",
     "realize_inputs",
     "register_lowering",
@@ -114,6 +116,18 @@ def is_aligned(node: Any, size: int) -> bool:
     return name not in V.graph.unaligned_buffers and V.graph.sizevars.statically_known_multiple_of(
         offset * node.get_dtype().itemsize, size
     )
+
+
+def lends_scratch() -> bool:
+    """Whether the graph being lowered lends its kernels scratch memory, which descriptors lie in, for every program."""
+    return not V.graph.cpp_wrapper or _cpp_wrapper_counts_programs()
+
+
+@functools.cache
+def _cpp_wrapper_counts_programs() -> bool:
+    """Inductor's C++ wrapper of torch 2.11 lends the memory of one program: the others would write behind it."""
+    lent = get_device_op_overrides("cuda").cpp_scratch(0, TritonScratchWorkspace(1, lambda: ""))
+    return lent is not None and any("grid_0" in line for line in lent[0])
 
 
 def contiguous_inputs(*nodes: Any) -> list[Any]:

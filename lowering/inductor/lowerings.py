@@ -77,6 +77,8 @@ def _gemm_grid(
 
 
 def _tma_refusal(variant: ExpertGemmVariant, operands: dict[str, Any]) -> Reason | None:
+    if not _compat.lends_scratch():
+        return Reason(ReasonCode.WRAPPER, "the C++ wrapper of this torch has no memory for every program's descriptors")
     for name in variant.described:
         node = operands[name]
         # what is computed here could still be laid out otherwise than the kernel's text says
