@@ -107,7 +107,7 @@ def _moe_dispatch(ids: Any, num_experts: int) -> Any:
     (ids,) = _compat.contiguous_inputs(ids)
     if bound is not None and may_stay_unsorted(node, slots, most_rows=bound, device=ids.get_device()):
         leave_unsorted(order, ids, most_rows=bound)
-        note("moe_dispatch", "in the kernel of moe_expert_up")
+        note("moe_dispatch", f"in the kernel of moe_expert_up{told(begins_early(ids.get_device()))}")
         return order, token, empty(ids, [num_experts + 1], dtype=torch.int32)
     outputs = _compat.realize_inputs(order, token)
     early = begins_early(ids.get_device())
