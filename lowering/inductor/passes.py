@@ -27,8 +27,9 @@ class MoEPasses(CustomGraphPass):
         for other in self._others():
             other(graph)
         if is_enabled():
-            register_lowerings()
             importlib.import_module("lowering.graph.pipeline").run_passes(graph)
+            if any(getattr(node.target, "namespace", "") == "diffulex" for node in graph.nodes):
+                register_lowerings()
 
     def _others(self) -> tuple[Any, ...]:
         if self.previous is None:
