@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib
 import json
 import subprocess
 import sys
@@ -69,6 +70,7 @@ def routers(decisions):
 @pytest.mark.parametrize("where", ["config", "options"])
 def test_passes_that_come_later_have_ours_behind_them(where):
     """Inductor was loaded long ago, so the slot was ours: they do not replace us, neither for good nor once."""
+    importlib.import_module("torch._inductor.compile_fx")
     seen = collections.Counter()
     slots = {
         name: lambda graph, name=name: seen.update([name])
