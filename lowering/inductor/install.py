@@ -27,9 +27,11 @@ def _on_slot(module: ModuleType) -> None:
 
 
 def _on_trace() -> None:
-    # a graph that reaches Inductor without our pass (options= replaced it) still gets its lowerings
+    # who set the slot after Inductor was loaded, or sets it for one compilation (options=), has our pass behind theirs
     if "torch._inductor.graph" in sys.modules:
-        importlib.import_module("lowering.inductor.passes").register_lowerings()
+        passes = importlib.import_module("lowering.inductor.passes")
+        passes.install_pass()
+        passes.register_lowerings()
 
 
 def install() -> None:

@@ -29,8 +29,9 @@ class MoEPasses(CustomGraphPass):
             other(graph)
         take_decisions()  # of a graph whose compilation failed: the next graph's are kept with the graph
         if is_enabled():
-            register_lowerings()
             importlib.import_module("lowering.graph.pipeline").run_passes(graph)
+            if any(getattr(node.target, "namespace", "") == "diffulex" for node in graph.nodes):
+                register_lowerings()
 
     def _others(self) -> tuple[Any, ...]:
         if self.previous is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -86,3 +87,19 @@ def calls(graph: Graph, *targets: Any) -> list[Node]:
 def no_pass(graph: Graph) -> Graph:
     """The pass that does nothing, for the other side of a comparison."""
     return graph
+
+
+class Captured:
+    """A backend that runs the passes, where they are switched on, and what its graphs call: `.graphs`, one a graph.
+
+    A graph is told as op -> calls; a training graph as two, forward and backward.
+    """
+
+    def __init__(self) -> None:
+        self.graphs: list[dict[str, int]] = []
+        self.backend = backend_with(lambda graph: run_passes(graph) if is_enabled() else graph, before_run=self._note)
+
+    def _note(self, module: GraphModule, _inputs: Any) -> None:
+        names = [str(node.target) for node in module.graph.nodes]
+        ours = (name.split(".")[1] for name in names if name.startswith("diffulex."))
+        self.graphs.append(dict(collections.Counter(ours)))
