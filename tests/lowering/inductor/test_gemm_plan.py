@@ -27,7 +27,8 @@ def test_shapes():
     sizes, strides = (8, 64, 32), (2048, 32, 1)
     assert gemm_shape(sizes, strides, act="silu(g) * u", element_size=2) == GemmShape(8, 32, 32, True, 2)
     assert gemm_shape(sizes, strides, act="relu(g)", element_size=4) == GemmShape(8, 32, 64, False, 4)
-    assert gemm_shape(sizes, (2048, 1, 64), act="identity", element_size=2) == GemmShape(8, 32, 64, False, 2, False)
+    assert gemm_shape(sizes, (2048, 1, 64), act="identity", element_size=2) == GemmShape(8, 32, 64, False, 2)
+    assert gemm_shape(sizes, (4096, 64, 2), act="identity", element_size=2) == GemmShape(8, 32, 64, False, 2, False)
 
 
 def graph_of(*stages):
