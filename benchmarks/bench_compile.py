@@ -58,14 +58,14 @@ def build(layers: int, device: str) -> nn.Module:
     return Qwen3MoeForCausalLM(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32).eval()
 
 
-def first_call(variant: str, layers: int, *, tokens: int, device: str, dynamic: bool | None) -> dict[str, float]:
+def first_call(variant: str, layers: int, *, tokens: int, device: str) -> dict[str, float]:
     """Seconds of the first call, and how many graphs and kernels it made; for a process of its own."""
     model = build(layers, device)
     ids = torch.randint(1, 128, (1, tokens), device=device)
     start = time.perf_counter()
     if variant == "diffulex":
         importlib.import_module("diffulex")
-    compiled = torch.compile(model, dynamic=dynamic)
+    compiled = torch.compile(model)
     with torch.no_grad():
         compiled(input_ids=ids, use_cache=False)
     if device == "cuda":
@@ -86,7 +86,7 @@ def first_call(variant: str, layers: int, *, tokens: int, device: str, dynamic: 
 def in_process(variant: str, layers: int, *, arguments: argparse.Namespace, cache: str) -> dict[str, float]:
     """`first_call` in a new process whose caches stand in this folder."""
     command = [sys.executable, "-m", "benchmarks.bench_compile", "--layers", str(layers), "--child", variant]
-    command += ["--tokens", str(arguments.tokens), "--device", arguments.device, "--dynamic", arguments.dynamic]
+    command += ["--tokens", str(arguments.tokens), "--device", arguments.device]
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -101,14 +101,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dynamic", choices=("none", "true", "false"), default="none")
     parser.add_argument("--out", default="compile.csv")
     parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        dynamic = {"none": None, "true": True, "false": False}[arguments.dynamic]
-        options = {"tokens": arguments.tokens, "device": arguments.device, "dynamic": dynamic}
-        print(json.dumps(first_call(arguments.child, arguments.layers[0], **options)))
+        told = first_call(arguments.child, arguments.layers[0], tokens=arguments.tokens, device=arguments.device)
+        print(json.dumps(told))
         return
     print(f"{'layers':>6} {'variant':8} {'cold s':>7} {'warm s':>7} {'graphs':>6} {'kernels':>7} {'cache hits':>10}")
     with Path(arguments.out).open("w", newline="") as file:

@@ -21,6 +21,18 @@ settings.register_profile("release", max_examples=10_000, print_blob=True, **_CO
 settings.load_profile("ci")  # the command line option is applied after this file
 
 
+@pytest.fixture
+def fresh_dynamo():
+    """A test that finds nothing compiled and nothing counted, and leaves nothing compiled."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
 def pytest_collection_modifyitems(items):
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:

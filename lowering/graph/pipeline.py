@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 
 from ..report import layer_of, logger, record
 from .activation_pass import ActivationRecord, activation_pass
-from .exported import drop_bystanders
+from .bystander_pass import bystander_pass
 from .regions import find_regions
 from .route_linear_pass import RouteLinearRecord, route_linear_pass
 from .route_pass import RouteRecord, route_pass
@@ -49,6 +49,7 @@ def _note_route_linear(found: RouteLinearRecord) -> None:
 
 
 _PASSES = {
+    "bystander_pass": bystander_pass,
     "spine_pass": lambda graph: spine_pass(graph, record=_note_spine),
     "route_pass": lambda graph: route_pass(graph, record=_note_route),
     "router_linear_pass": lambda graph: router_linear_pass(graph, record=_note_router_linear),
@@ -71,7 +72,6 @@ def run_passes(graph: Graph, *, skip: Collection[str] = ()) -> Graph:
     """
     if not any(_may_be_experts(node) for node in graph.nodes):
         return graph
-    drop_bystanders(graph)
     for name, function in _PASSES.items():
         if name in skip:
             continue

@@ -20,6 +20,8 @@ from ..schedule.plan import exact_schedule, plan
 from ..schedule.schedule import GemmShape, RowRange, Schedule, tma_refusal
 from . import _compat
 
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of what generated kernels multiply
+
 
 def gemm_shape(sizes: tuple[int, ...], strides: tuple[int, ...], *, act: str, element_size: int) -> GemmShape:
     """The shape of a GEMM over a weight [E, rows, depth]; gated activations halve the output width."""

@@ -23,14 +23,13 @@ from ..templates.eager import dot_precision, down_variant, gemm_constants, power
 from ..templates.render import ExpertGemmVariant, GradWeightVariant
 from . import _compat
 from .early import begins_early, told
-from .gemm_plan import gemm_shape, pointers_reason, schedule_of
+from .gemm_plan import KERNEL_DTYPES, gemm_shape, pointers_reason, schedule_of
 from .unsorted_slots import take_unsorted
 
 _OPS = torch.ops.diffulex
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def refusal(node: Any, dtypes: tuple[torch.dtype, ...] = _KERNEL_DTYPES) -> Reason | None:
+def refusal(node: Any, dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) -> Reason | None:
     """Why an IR node (any shape [N, H]) gets no generated kernel, or None."""
     device = node.get_device()
     if device.type != "cuda":

@@ -16,10 +16,9 @@ from ..graph.dataflow import arguments, is_op, is_output, outputs
 from ..ops import UP_OPS
 from ..templates.eager import power_of_two
 from . import _compat
-from .gemm_plan import planned_schedule
+from .gemm_plan import KERNEL_DTYPES, planned_schedule
 
 MOST_SLOTS = 64
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # by graph and the name of the buffer `order`: the ids that are still to be sorted
 _unsorted: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
@@ -38,7 +37,7 @@ def may_stay_unsorted(dispatch: Node | None, rows: Any, *, most_rows: int, devic
     if not is_op(first, *UP_OPS) or not _reads(first, dispatch):
         return False
     hidden = arguments(first)["hidden"].meta["val"]
-    if hidden.dtype not in _DTYPES or hidden.device != device:
+    if hidden.dtype not in KERNEL_DTYPES or hidden.device != device:
         return False
     schedule = planned_schedule(rows, first, device=device)
     return schedule is not None and not schedule.loop.tma

@@ -21,6 +21,8 @@ from tests.support.exporting import Logits, called_ops, export, package, program
 from tests.support.models import FAMILIES, TINY, build_model, family_config, token_ids
 from tests.support.oracle import assert_oracle_ratio
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = (1, 2, 7, 64)
 STAGES = dict.fromkeys(("moe_route", "moe_dispatch", "moe_expert_up", "moe_expert_down", "moe_combine"), 1)
@@ -76,13 +78,6 @@ class First(nn.Module):
 
 def hidden_states(tokens: int) -> Tensor:
     return torch.randn(1, tokens, TINY.hidden, generator=torch.Generator().manual_seed(tokens))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")

@@ -75,14 +75,7 @@ def test_decisions_that_lower_nothing_have_no_time():
     ]
 
 
-@pytest.fixture
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_a_model_is_measured():
     model = Model().eval()
     report = diffulex.explain(model, *model.inputs, measure=True)
@@ -95,7 +88,7 @@ def test_a_model_is_measured():
     assert report.layers[0].measured_us != report.layers[1].measured_us
 
 
-@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_a_request_that_cannot_be_met_is_an_error():
     with pytest.raises(MoEUnsupportedError, match="none of them of a MoE layer"):
         diffulex.explain(nn.Linear(2, 2).eval(), torch.ones(1, 2), measure=True)

@@ -13,16 +13,9 @@ from tests.support.inputs import DEVICES
 from tests.support.moe_layers import SPECS, layer_oracle, make_inputs, make_layer, widened
 from tests.support.oracle import assert_near_exact, assert_oracle_ratio
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 TOKENS = (0, 1, 2, 7, 64, 129, 512)
 STAGES = {"moe_route", "moe_dispatch", "moe_expert_up", "moe_expert_down", "moe_combine"}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def result_and_gradients(function, layer, inputs):

@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 from .dataflow import aten
 
 
-def drop_bystanders(graph: Graph) -> None:
+def bystander_pass(graph: Graph) -> Graph:
     """Erase checks of a cast's metadata, which Inductor lowers to nothing, and read each symbolic size in one place.
 
     Both count as users: with them behind it no value of the router or of a shared expert would be the MoE block's own.
@@ -27,3 +27,4 @@ def drop_bystanders(graph: Graph) -> None:
         if earlier is not node:
             node.replace_all_uses_with(earlier)
             graph.erase_node(node)
+    return graph

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from lowering.graph.bystander_pass import bystander_pass
 from lowering.graph.dataflow import aten
-from lowering.graph.exported import drop_bystanders
 from lowering.graph.pipeline import run_passes
 from lowering.inductor.fake_device import fake_h100
 from lowering.inductor.offline import fake_cuda, fake_cuda_module
@@ -68,7 +68,7 @@ def test_what_the_graph_computes_stays():
         again = module.graph.call_function(aten.sym_size.int, (relu.args[0], 0))
         again.meta["val"] = calls(module.graph, aten.sym_size.int)[0].meta["val"]
     module.graph.output_node().args = ((*module.graph.output_node().args[0], again),)
-    drop_bystanders(module.graph)
+    bystander_pass(module.graph)
     module.graph.lint()
     module.recompile()
     assert not calls(module.graph, aten._assert_tensor_metadata.default)
