@@ -10,6 +10,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._guards import CompileContext
 from torch._inductor import config, ir
 from torch._inductor.codegen.common import TritonScratchWorkspace, get_device_op_overrides
 from torch._inductor.codegen.triton import TritonKernel
@@ -50,11 +51,13 @@ __all__ = [
     "inline",
     "ir",
     "is_aligned",
+    "known_less_equal",
     "known_size",
     "known_stride",
     "knows_launches",
     "lends_scratch",
     "lowerings",
+    "may_guard",
     "realize_inputs",
     "register_lowering",
     "run_template",
@@ -107,6 +110,20 @@ def freeze_layout(node: Any) -> None:
 def guard_less_equal(size: Any, bound: int) -> bool:
     """Decide `size <= bound` now and guard on the answer: one graph per side, CUDA graphs stay possible."""
     return bool(V.graph.sizevars.shape_env.evaluate_expr(sympy.Le(size, bound)))
+
+
+def known_less_equal(size: Any, bound: int) -> bool:
+    """Whether `size <= bound` is known without a guard."""
+    return bool(V.graph.sizevars.statically_known_leq(size, bound))
+
+
+def may_guard(size: Any) -> bool:
+    """Whether `size` may be guarded on: data does not decide it, and guards are checked where the code is called.
+
+    Dynamo checks them. Packages of AOTInductor and graphs compiled without Dynamo run at any size, and Inductor's own
+    kernels, which a guard makes narrower, would be wrong beyond it.
+    """
+    return not (has_free_unbacked_symbols(size) or V.graph.aot_mode or CompileContext.try_get() is None)
 
 
 def is_aligned(node: Any, size: int) -> bool:

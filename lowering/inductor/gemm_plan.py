@@ -50,14 +50,25 @@ def _siblings(offsets: torch.fx.Node) -> tuple[GemmShape, ...]:
 
 
 def row_range(rows: Any, shapes: tuple[GemmShape, ...], *, device: DeviceSpec) -> RowRange:
-    """The range that holds `rows`, of its own where they are an int; a symbolic expression is guarded on."""
+    """The range that holds `rows`, of its own where they are an int; a symbolic expression is guarded on.
+
+    Where it may not be, and is not known to be within a range, the schedules for the rows compiled for, or for many,
+    are taken for any number of rows.
+    """
     known = _compat.known_size(rows)
     if known is not None:
         return RowRange(known, tuple(exact_schedule(known, shape, device=device) for shape in shapes))
-    for candidate in plan(shapes, device):
-        if candidate.max_rows is None or _compat.guard_less_equal(rows, candidate.max_rows):
+    ranges, guarded = plan(shapes, device), _compat.may_guard(rows)
+    within = _compat.guard_less_equal if guarded else _compat.known_less_equal
+    for candidate in ranges:
+        if candidate.max_rows is not None and within(rows, candidate.max_rows):
             return candidate
-    raise AssertionError("the last range is open")
+    return ranges[-1] if guarded else dataclasses.replace(_range_up_to(_compat.size_hint(rows), ranges), max_rows=None)
+
+
+def _range_up_to(rows: int | None, ranges: tuple[RowRange, ...]) -> RowRange:
+    """The first range that is for so many rows, the last one for None."""
+    return next(found for found in ranges if found.max_rows is None or (rows is not None and rows <= found.max_rows))
 
 
 def _planned_with(shape: GemmShape, node: torch.fx.Node | None) -> tuple[GemmShape, ...]:
@@ -77,10 +88,8 @@ def pointers_reason(rows: Any, shape: GemmShape, *, refused: Reason | None, devi
     if known is not None:
         wanted = exact_schedule(known, could[shapes.index(shape)], device=spec)
     else:  # at the most rows that this graph is for: no further guard
-        most = row_range(rows, shapes, device=spec).max_rows
-        ranges = plan(could, spec)
-        held = (found for found in ranges if found.max_rows is None or (most is not None and most <= found.max_rows))
-        wanted = next(held).schedules[shapes.index(shape)]
+        most = row_range(rows, shapes, device=spec).max_rows if _compat.may_guard(rows) else _compat.size_hint(rows)
+        wanted = _range_up_to(most, plan(could, spec)).schedules[shapes.index(shape)]
     return refused if wanted.loop.tma else None
 
 

@@ -64,7 +64,8 @@ def _refusal(hidden: Any, tokens: float) -> Reason | None:
     """Why hidden [T, H], up to so many rows of it, is left to the library's product, or None."""
     reason = refusal(hidden, dtypes=(torch.float16, torch.bfloat16))
     if reason is None and not 0 < tokens <= MOST_TOKENS:
-        reason = Reason(ReasonCode.SCHEDULE, f"for up to {tokens} tokens, kernels of its own for 1 to {MOST_TOKENS}")
+        most = "any number of" if tokens == math.inf else f"up to {tokens}"
+        reason = Reason(ReasonCode.SCHEDULE, f"for {most} tokens, kernels of its own for 1 to {MOST_TOKENS}")
     return reason
 
 

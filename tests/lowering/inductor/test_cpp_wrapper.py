@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowering.errors import ReasonCode
 from lowering.inductor import _compat
-from lowering.inductor.offline import offline_source
+from lowering.inductor.fake_device import fake_h100
+from lowering.inductor.offline import _quiet_compiler, fake_cuda, offline_source
 from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
 from tests.support.blocks import Block
@@ -22,14 +26,26 @@ AS_AOTINDUCTOR = {"cpp_wrapper": True, "triton.autotune_at_compile_time": True}
 
 
 class Generated(BaseException):
-    """Carries the kernels' text out of the compiler, ahead of the run that compiles them on the device."""
+    """Carries the kernels' text and the largest values of sizes out of the compiler, ahead of the run on the device."""
+
+    def __init__(self, text, bounds):
+        super().__init__(text)
+        self.bounds = bounds
 
 
 @pytest.fixture
-def generate(monkeypatch):
-    def stop(wrapper):
-        raise Generated(wrapper.kernel_autotune_defs.getvalue())
+def generated(monkeypatch):
+    """The compiler raises `Generated` where it would run what it generated."""
 
+    def stop(wrapper):
+        ranges = _compat.V.graph.sizevars.shape_env.var_to_range.values()
+        raise Generated(wrapper.kernel_autotune_defs.getvalue(), {int(found.upper) for found in ranges})
+
+    monkeypatch.setattr(PythonWrapperCodegen, "generate_and_run_autotune_block", stop)
+
+
+@pytest.fixture
+def generate(generated):
     def run(form, **options):
         register_lowerings()
         torch._dynamo.reset()
@@ -38,7 +54,6 @@ def generate(monkeypatch):
             offline_source(function, function.inputs(), options={**AS_AOTINDUCTOR, **options})
         return str(raised.value), {found.subject: found for found in decisions if found.stage == "lower"}
 
-    monkeypatch.setattr(PythonWrapperCodegen, "generate_and_run_autotune_block", stop)
     return run
 
 
@@ -71,3 +86,32 @@ def test_a_python_wrapper_lends_memory_to_every_program(monkeypatch):
 def test_cuda_graphs_that_the_wrapper_has_none_of_begin_nothing_early(generate):
     _, lowered = generate(MANY.replace(tokens=4), **{"triton.cudagraphs": True})
     assert not [found.outcome for found in lowered.values() if "begins early" in found.outcome]
+
+
+class Positions(torch.nn.Module):
+    """A block behind a sum along all tokens, which Inductor computes in one tile where it knows that they are few."""
+
+    def forward(self, hidden_TH, ids_TK, *rest):
+        positions_T = torch.cumsum(ids_TK[:, 0] > 0, dim=0)
+        return Block(FEW)(hidden_TH + positions_T[:, None].to(hidden_TH.dtype), ids_TK, *rest)
+
+
+FEW = MANY.replace(tokens=16, experts=32)
+AT_MOST = 4096  # tokens of the exported program, beyond the first range of rows
+
+
+def test_a_package_is_for_all_sizes_of_its_program(generated):
+    """It checks no guards: a range of rows that it were made for would make kernels that are not ours wrong beyond."""
+    register_lowerings()
+    tokens = torch.export.Dim("tokens", min=2, max=AT_MOST)
+    with fake_h100(), _quiet_compiler(AS_AOTINDUCTOR), torch.no_grad():
+        inputs = fake_cuda(tuple(Block(FEW).inputs()), mode=FakeTensorMode(allow_non_fake_inputs=True))
+        hidden, ids, *rest = ({0: tokens} if tensor.shape[0] == FEW.tokens else None for tensor in inputs)
+        shapes = {"hidden_TH": hidden, "ids_TK": ids, "rest": tuple(rest)}
+        program = torch.export.export(Positions(), inputs, dynamic_shapes=shapes).module()
+        with pytest.raises(Generated) as raised:
+            torch._inductor.aot_compile(program, inputs)
+    assert raised.value.bounds == {AT_MOST}
+    scans = re.findall(r"def triton_(\w+?)_fused_\w*cumsum", str(raised.value))
+    assert scans == ["red"], "one loop over all tokens"
+    assert re.search(r"def triton_tem_\w*moe_expert_up", str(raised.value))

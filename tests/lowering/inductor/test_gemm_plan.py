@@ -14,7 +14,7 @@ from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
 from lowering.schedule.device import H100, DeviceSpec
 from lowering.schedule.plan import exact_schedule, plan
-from lowering.schedule.schedule import GemmShape
+from lowering.schedule.schedule import GemmShape, RowRange
 from tests.support.blocks import Block
 from tests.support.inputs import BlockForm
 
@@ -62,6 +62,7 @@ def test_siblings_are_the_gemms_over_the_same_offsets():
 def answering(monkeypatch, rows):
     """Guards are answered for `rows` rows; returns the list of bounds asked for."""
     asked = []
+    monkeypatch.setattr(_compat, "may_guard", lambda size: True)
     monkeypatch.setattr(_compat, "guard_less_equal", lambda size, bound: asked.append(bound) or rows <= bound)
     return asked
 
@@ -73,6 +74,22 @@ def test_a_range_is_found_by_the_guards_up_to_it(monkeypatch):
         asked = answering(monkeypatch, rows)
         assert row_range(symbol, (UP, DOWN), device=H100) == plan((UP, DOWN), H100)[index]
         assert asked == [b for b in BOUNDS[: index + 1] if b is not None]
+
+
+@pytest.mark.parametrize("hint", [1, BOUNDS[0], BOUNDS[0] + 1, 1 << 30, None])
+def test_without_guards_the_rows_compiled_for_choose_schedules_for_any_number(monkeypatch, hint):
+    monkeypatch.setattr(_compat, "may_guard", lambda size: False)
+    monkeypatch.setattr(_compat, "size_hint", lambda size: hint)
+    monkeypatch.setattr(_compat, "known_less_equal", lambda size, bound: False)
+    index = next(i for i, bound in enumerate(BOUNDS) if bound is None or (hint is not None and hint <= bound))
+    expected = plan((UP, DOWN), H100)[index].schedules
+    assert row_range(sympy.Symbol("s0"), (UP, DOWN), device=H100) == RowRange(None, expected)
+
+
+def test_without_guards_a_bound_that_is_known_is_kept(monkeypatch):
+    monkeypatch.setattr(_compat, "may_guard", lambda size: False)
+    monkeypatch.setattr(_compat, "known_less_equal", lambda size, bound: bound >= BOUNDS[1])
+    assert row_range(sympy.Symbol("u0"), (UP, DOWN), device=H100) == plan((UP, DOWN), H100)[1]
 
 
 def test_dispatch_is_bounded_by_the_gemms_behind_it(monkeypatch):
