@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowering import ops
 from lowering.after_import import after_import
+from lowering.ops.cpu_experts import CpuExperts, is_plain_inference
 from lowering.state import is_enabled
 
 NAME = "diffulex"
@@ -42,12 +43,16 @@ def diffulex_experts_forward(
     if self.is_transposed:
         w13, w2 = w13.transpose(1, 2), w2.transpose(1, 2)
     hidden_TH = hidden_states_TH.to(w13.dtype)  # autocast can leave the two in different dtypes
+    activation = self._apply_gate if self.has_gate else self.act_fn
+    finish = self.post_expert_norm if getattr(self, "has_post_expert_norm", False) else None
+    if is_plain_inference(hidden_TH, w13, w2):
+        experts = CpuExperts(w13, w2, b13, b2, activation, finish)
+        return experts(hidden_TH, top_k_index_TK, top_k_weights_TK).to(hidden_states_TH.dtype)
     order_N, _, offsets_E1 = ops.moe_dispatch(top_k_index_TK, w13.shape[0])
     pre_NJ = ops.moe_expert_up(hidden_TH, w13, b13, order_N, offsets_E1, top_k_index_TK.shape[1])
-    act_NI = self._apply_gate(pre_NJ) if self.has_gate else self.act_fn(pre_NJ)
-    slots_NH = ops.moe_expert_down(act_NI.to(w2.dtype), w2, b2, order_N, offsets_E1)
-    if getattr(self, "has_post_expert_norm", False):
-        slots_NH = self.post_expert_norm(slots_NH)
+    slots_NH = ops.moe_expert_down(activation(pre_NJ).to(w2.dtype), w2, b2, order_N, offsets_E1)
+    if finish is not None:
+        slots_NH = finish(slots_NH)
     return ops.moe_combine(slots_NH, top_k_weights_TK).to(hidden_states_TH.dtype)
 
 

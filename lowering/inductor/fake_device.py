@@ -67,6 +67,26 @@ class GpuDescription:
 
 
 H100 = GpuDescription()
+A100 = GpuDescription(
+    name="NVIDIA A100-SXM4-80GB",
+    major=8,
+    multi_processor_count=108,
+    shared_memory_per_block_optin=163 * 1024,
+    shared_memory_per_multiprocessor=164 * 1024,
+    L2_cache_size=40 * 1024**2,
+    clock_rate=1_410_000,
+    memory_clock_rate=1_593_000,
+)
+B200 = GpuDescription(
+    name="NVIDIA B200",
+    major=10,
+    multi_processor_count=148,
+    total_memory=180 * 1024**3,
+    L2_cache_size=126 * 1024**2,
+    clock_rate=1_965_000,
+    memory_clock_rate=3_996_000,
+    memory_bus_width=8192,
+)
 
 
 def fake_refusal() -> Reason | None:
@@ -79,28 +99,38 @@ def fake_refusal() -> Reason | None:
 
 
 @contextlib.contextmanager
-def fake_h100() -> Iterator[GpuDescription]:
-    """Fake one H100 as device `cuda:0` inside the block; yields its description. Blocks may nest.
+def fake_gpu(gpu: GpuDescription = H100) -> Iterator[GpuDescription]:
+    """Fake one GPU as device `cuda:0` inside the block; yields its description. Blocks of one GPU may nest.
 
-    Raises `MoEDeviceError` where a real CUDA device is present, `MoEUnsupportedError` where triton is missing.
+    Raises `MoEDeviceError` where a real CUDA device, or another fake one, is present, `MoEUnsupportedError` where
+    triton is missing.
     """
     with _STATE.lock:
         if _STATE.depth == 0:
             _refuse(fake_refusal())
+            _STATE.gpu = gpu
+        elif gpu != _STATE.gpu:
+            raise MoEDeviceError.of(
+                "fake_gpu",
+                expected=f"one GPU at a time, {_STATE.gpu.name}",
+                got=gpu.name,
+                hint="Leave its block first.",
+            )
         _STATE.depth += 1
         try:
-            with _patched(H100) if _STATE.depth == 1 else contextlib.nullcontext():
-                yield H100
+            with _patched(gpu) if _STATE.depth == 1 else contextlib.nullcontext():
+                yield gpu
         finally:
             _STATE.depth -= 1
 
 
 class _State:
-    """The lock and the nesting depth of `fake_h100`."""
+    """The lock, the nesting depth and the device of `fake_gpu`."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.depth = 0
+        self.gpu = H100
 
 
 _STATE = _State()
@@ -111,13 +141,13 @@ def _refuse(reason: Reason | None) -> None:
         return
     if reason.code is ReasonCode.NO_TRITON:
         raise MoEUnsupportedError.of(
-            "fake_h100",
+            "fake_gpu",
             expected="triton to be installed",
             got="no triton",
             hint="Run `pip install triton` (Linux only).",
         )
     hint = "Compile on that device instead: torch.compile, and TORCH_LOGS=output_code to see the source."
-    raise MoEDeviceError.of("fake_h100", expected="a machine without a CUDA device", got=reason.detail, hint=hint)
+    raise MoEDeviceError.of("fake_gpu", expected="a machine without a CUDA device", got=reason.detail, hint=hint)
 
 
 # What is answered while the device is faked
@@ -134,7 +164,7 @@ def _always(value: Any) -> Callable[..., Any]:
 
 def _no_device(*_args: Any, **_kwargs: Any) -> NoReturn:
     raise MoEDeviceError.of(
-        "fake_h100",
+        "fake_gpu",
         expected="work on fake tensors only",
         got="a request to run on the GPU",
         hint="Only tracing and compiling are possible here; create tensors under FakeTensorMode.",
@@ -263,6 +293,7 @@ _DEVICE_CACHES = (
     ("torch._inductor.comm_analysis", "get_gpu_type"),
     ("torch._inductor.codecache", "CacheBase.get_system"),
     ("torch._inductor.runtime.hints", "DeviceProperties.create"),
+    ("lowering.schedule.device", "device_spec"),
 )
 
 
@@ -290,7 +321,7 @@ def swap(stack: contextlib.ExitStack, owner: Any, **attributes: Any) -> None:
         elif hasattr(owner, name):
             stack.callback(delattr, owner, name)
         else:
-            raise AttributeError(f"{owner!r} has no {name!r}; this torch is newer than fake_h100 knows")
+            raise AttributeError(f"{owner!r} has no {name!r}; this torch is newer than fake_gpu knows")
         setattr(owner, name, value)
 
 

@@ -46,17 +46,17 @@ def guard_registry() -> Any:
         slots = (ctypes.c_void_p * (_PRIVATE + 1)).in_dll(ctypes.CDLL(path), _GUARD_REGISTRY)
     except (OSError, ValueError) as error:
         raise MoEUnsupportedError.of(
-            "fake_h100",
+            "fake_gpu",
             expected="torch for Linux",
             got=f"no registry of device guards ({error})",
             hint="Use Linux, or a CUDA build of torch.",
         ) from error
     if not slots[_CPU]:
         raise MoEUnsupportedError.of(
-            "fake_h100",
+            "fake_gpu",
             expected="a device guard for the CPU",
             got="an empty registry",
-            hint="This torch is newer than fake_h100 knows.",
+            hint="This torch is newer than fake_gpu knows.",
         )
     return slots
 

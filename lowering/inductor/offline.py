@@ -1,4 +1,4 @@
-"""What Inductor would run on an H100, found out without a GPU: the generated source, and what ptxas makes of it.
+"""What Inductor would run on a GPU, found out without one: the generated source, and what ptxas makes of it.
 
     code = offline_source(model, {"input_ids": ids})         # wrapper and Triton kernels, nothing runs
     for facts in compile_kernels(code):
@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ..errors import MoEOptionError, MoEUnsupportedError
-from .fake_device import H100, fake_h100, swap
+from .fake_device import H100, GpuDescription, fake_gpu, swap
 from .fresh import fresh_caller
 
 
@@ -53,6 +53,7 @@ class OfflineCode:
     calls: names of generated kernels, one entry a launch, in order. extern_calls: calls that are not generated kernels
     (`extern_kernels.mm`, `torch.ops.aten.topk.default`, ...), one entry a call, in order. inputs: where each input of
     the wrapper's `call` comes from, as Python expressions over `target` (the module or function), `args` and `kwargs`.
+    gpu: the device that the code is for.
     """
 
     wrapper_source: str = dataclasses.field(repr=False)
@@ -60,6 +61,7 @@ class OfflineCode:
     calls: tuple[str, ...]
     extern_calls: tuple[str, ...]
     inputs: tuple[str, ...]
+    gpu: GpuDescription = H100
 
     def kernel(self, part: str) -> OfflineKernel:
         """The one kernel whose name contains `part`; `MoEOptionError` when there is none or more than one."""
@@ -80,7 +82,7 @@ class KernelFacts:
 
     registers: per thread. stack_bytes: local memory per thread, spills and arrays. spill_store_bytes, spill_load_bytes:
     what spilling moves per thread, each instruction counted once. static_shared_bytes, dynamic_shared_bytes: per block,
-    without the 1024 bytes that every sm_90 block has reserved. wgmma, cp_async, tma: instructions in the PTX text, not
+    without the 1024 bytes that every block has reserved. wgmma, cp_async, tma: instructions in the PTX text, not
     executions. warps: per block. stages: depth of the software pipeline asked for. compile_seconds: Triton and ptxas,
     caches empty. config: the constexpr options. configs: how many configurations Inductor would time on the device.
     """
@@ -113,7 +115,7 @@ class KernelFacts:
 
 
 def fake_cuda(tree: Any, *, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> Any:
-    """Fake CUDA versions of all tensors in a tree of inputs; other leaves stay. To be called inside `fake_h100()`.
+    """Fake CUDA versions of all tensors in a tree of inputs; other leaves stay. To be called inside `fake_gpu()`.
 
     Shapes [...], strides and dtypes are kept, values are not; `dtype` replaces that of floating-point tensors. Marks of
     `torch._dynamo.mark_dynamic` are kept.
@@ -128,7 +130,7 @@ def fake_cuda_module(
     tensors.
 
     No weight is copied, and the copy takes part in no gradient. `dtype` replaces the dtype of floating-point
-    parameters; buffers keep theirs, as with `from_pretrained`. To be called inside `fake_h100()`.
+    parameters; buffers keep theirs, as with `from_pretrained`. To be called inside `fake_gpu()`.
     """
     memo: dict[int, Any] = {}
     for tensor in itertools.chain(module.parameters(), module.buffers()):
@@ -172,8 +174,9 @@ def offline_source(
     dynamic: bool | None = None,
     dtype: torch.dtype | None = None,
     options: Mapping[str, Any] | None = None,
+    gpu: GpuDescription = H100,
 ) -> OfflineCode:
-    """The code `torch.compile` would generate for one call on an H100, in inference, as one graph.
+    """The code `torch.compile` would generate for one call on a GPU, in inference, as one graph.
 
     example_inputs: positional inputs, or keyword inputs as a mapping. Tensors [...] of any dtype may be on the CPU, on
     the meta device or fake; only shapes, strides and dtypes count, and the weights of a module count the same way. A
@@ -182,7 +185,7 @@ def offline_source(
     options: Inductor options on top of the current configuration, passes included.
 
     Where Inductor would time candidates on the device, the first is taken. Raises the compiler's own error when the
-    call does not compile without a graph break, and what `fake_h100` raises.
+    call does not compile without a graph break, and what `fake_gpu` raises.
     """
     inputs: list[str] = []
 
@@ -192,7 +195,7 @@ def offline_source(
         inputs.extend(_origin(node) for node in graph.graph.nodes if node.op == "placeholder")
         return compile_fx(graph, examples)
 
-    with fake_h100(), _quiet_compiler(options):
+    with fake_gpu(gpu), _quiet_compiler(options):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         target = getattr(fn_or_module, "_orig_mod", fn_or_module)  # what torch.compile(module) wraps
         if isinstance(target, torch.nn.Module):
@@ -208,7 +211,7 @@ def offline_source(
             with torch.no_grad():
                 compiled(**fakes) if keywords else compiled(*fakes)
         except _Captured as captured:
-            return _split(captured.wrapper_source, tuple(inputs))
+            return dataclasses.replace(_split(captured.wrapper_source, tuple(inputs)), gpu=gpu)
     raise MoEUnsupportedError.of(
         "offline_source",
         expected="a call that computes something on the device",
@@ -305,32 +308,25 @@ def _called(call: ast.Call) -> str:
     return ast.unparse(call.func) if isinstance(call.func, ast.Attribute | ast.Name) else ""
 
 
-def compile_kernels(code: OfflineCode, *, target: str = "sm_90", all_configs: bool = False) -> tuple[KernelFacts, ...]:
-    """Compile every kernel of `code` to machine code for `target` and report what ptxas says about it.
+def compile_kernels(code: OfflineCode, *, all_configs: bool = False) -> tuple[KernelFacts, ...]:
+    """Compile every kernel of `code` to machine code for its GPU and report what ptxas says about it.
 
     By default each kernel's first configuration; with `all_configs` every one that Inductor would time.
     """
-    if target != f"sm_{H100.arch}":
-        raise MoEOptionError.of(
-            "compile_kernels",
-            expected=f"target 'sm_{H100.arch}'",
-            got=repr(target),
-            hint="The H100 is the only device described.",
-        )
     facts: list[KernelFacts] = []
-    with fake_h100(), _scratch_caches():
+    with fake_gpu(code.gpu), _scratch_caches():
         for kernel in code.kernels:
-            facts.extend(_compile_kernel(kernel, all_configs))
+            facts.extend(_compile_kernel(kernel, code.gpu, all_configs=all_configs))
     return tuple(facts)
 
 
-def _compile_kernel(kernel: OfflineKernel, all_configs: bool) -> Iterator[KernelFacts]:
+def _compile_kernel(kernel: OfflineKernel, gpu: GpuDescription, *, all_configs: bool) -> Iterator[KernelFacts]:
     from torch._inductor.codecache import PyCodeCache
 
     tuner = getattr(PyCodeCache.load(kernel.source), kernel.name)
     for config in tuner.configs if all_configs else tuner.configs[:1]:
         started = time.perf_counter()
-        binary, log = _binary(tuner, config)
+        binary, log = _binary(tuner, config, gpu)
         seconds = time.perf_counter() - started
         ptx = binary.asm["ptx"]
         yield KernelFacts(
@@ -352,7 +348,7 @@ def _compile_kernel(kernel: OfflineKernel, all_configs: bool) -> Iterator[Kernel
         )
 
 
-def _binary(tuner: Any, config: Any) -> tuple[Any, str]:
+def _binary(tuner: Any, config: Any, gpu: GpuDescription) -> tuple[Any, str]:
     """Triton's compiled kernel for one configuration, built with the options Inductor would use, and ptxas's log."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -360,7 +356,7 @@ def _binary(tuner: Any, config: Any) -> tuple[Any, str]:
 
     meta = tuner._create_compile_meta(config)
     source = ASTSource(tuner.fn, meta["signature"], meta["constants"], meta["configs"][0])
-    target = GPUTarget(meta["device_type"], meta["cc"], H100.warp_size)
+    target = GPUTarget(meta["device_type"], meta["cc"], gpu.warp_size)
     with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
         triton.knobs.nvidia.dump_ptxas_log = True
         binary = triton.compile(source, target=target, options=tuner._create_compile_options(config, meta))

@@ -1,29 +1,9 @@
-"""Grouped GEMM on the host's terms: one `mm` per expert that has rows (CPU), gathered `bmm` for fp64 on CUDA."""
+"""Rows in expert order without reading offsets on the host: whose they are, and a `bmm` for fp64 on CUDA."""
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
-
-
-def grouped_mm_cpu(rows_NX: Tensor, weight_EYX: Tensor, bias_EY: Tensor | None, bounds: list[int]) -> Tensor:
-    """out[r] = weight[e] @ rows[r] + bias[e] for rows [N, X] sorted by expert; rows past bounds[E] are zero.
-
-    weight [E, Y, X] of any strides and bias [E, Y] in the dtype of rows. Returns [N, Y].
-    """
-    out_NY = rows_NX.new_empty(rows_NX.shape[0], weight_EYX.shape[1])
-    for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
-        if start == end:
-            continue
-        weight_XY = weight_EYX[expert].t()
-        if bias_EY is None:
-            torch.mm(rows_NX[start:end], weight_XY, out=out_NY[start:end])
-        else:
-            torch.addmm(bias_EY[expert], rows_NX[start:end], weight_XY, out=out_NY[start:end])
-    out_NY[bounds[-1] :].zero_()
-    return out_NY
 
 
 def expert_of_rows(offsets_E1: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -35,9 +15,10 @@ def expert_of_rows(offsets_E1: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 
 
 def gathered_bmm(rows_NX: Tensor, weight_EYX: Tensor, bias_EY: Tensor | None, offsets_E1: Tensor) -> Tensor:
-    """The same as `grouped_mm_cpu` without reading offsets on the host: a private weight per row [N, Y, X], any dtype.
+    """out[r] = weight[e] @ rows[r] + bias[e] for rows [N, X] sorted by expert; rows of no expert are zero.
 
-    For fp64 on CUDA (gradcheck), where no generated kernel exists. Memory N*Y*X.
+    weight [E, Y, X], bias [E, Y] and the result [N, Y] in the dtype of rows. For fp64 on CUDA (gradcheck), where no
+    generated kernel exists: a private weight per row, memory N*Y*X.
     """
     expert_N, valid_N = expert_of_rows(offsets_E1, rows_NX.shape[0])
     out_NY = torch.bmm(weight_EYX[expert_N], rows_NX.unsqueeze(2)).squeeze(2)

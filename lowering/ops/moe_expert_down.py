@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .._checks import check_device, check_float, check_int, check_rank, check_same, check_size
-from ._grouped import gathered_bmm, grouped_mm_cpu
+from ._grouped import gathered_bmm
 from ._launch import launcher
 from ._library import register
+from .cpu_gemm import expert_chunks, expert_products
 
 _NAME = "diffulex::moe_expert_down"
 
@@ -44,7 +45,14 @@ def _scatter(rows_NH: Tensor, order_N: Tensor) -> Tensor:
 
 def _cpu(act_NI: Tensor, w2_EHI: Tensor, b2_EH: Tensor | None, order_N: Tensor, offsets_E1: Tensor) -> Tensor:
     _validate(act_NI, w2_EHI, b2_EH, order_N, offsets_E1)
-    return _scatter(grouped_mm_cpu(act_NI, w2_EHI, b2_EH, offsets_E1.tolist()), order_N)
+    bounds = offsets_E1.tolist()
+    slots_NH = act_NI.new_empty(act_NI.shape[0], w2_EHI.shape[1])
+    slots_NH.index_fill_(0, order_N[bounds[-1] :].long(), 0.0)
+    for first, last, experts in expert_chunks(bounds):
+        rows_RH = slots_NH.new_empty(last - first, slots_NH.shape[1])
+        expert_products(act_NI[first:last], w2_EHI, b2_EH, rows_RH, experts=experts)
+        slots_NH.index_copy_(0, order_N[first:last].long(), rows_RH)
+    return slots_NH
 
 
 def _cuda(act_NI: Tensor, w2_EHI: Tensor, b2_EH: Tensor | None, order_N: Tensor, offsets_E1: Tensor) -> Tensor:

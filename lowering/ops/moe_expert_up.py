@@ -10,9 +10,10 @@ from torch import Tensor
 from .._checks import check_device, check_float, check_int, check_rank, check_same, check_size
 from ..activation import IDENTITY, derivative, evaluate, intermediate_size, is_gated, split_gate
 from ..errors import MoERangeError
-from ._grouped import gathered_bmm, grouped_mm_cpu
+from ._grouped import gathered_bmm
 from ._launch import launcher
 from ._library import register
+from .cpu_gemm import expert_chunks, expert_products
 
 _NAME = "diffulex::moe_expert_up"
 
@@ -52,15 +53,10 @@ def _gather(hidden_TH: Tensor, order_N: Tensor, top_k: int) -> Tensor:
     return hidden_TH.index_select(0, order_N if top_k == 1 else torch.div(order_N, top_k, rounding_mode="floor"))
 
 
-def _activate(pre_NJ: Tensor, act: str, interleaved: bool, valid: int | Tensor) -> Tensor:
-    """Activation in at least fp32, cast back; rows that belong to no expert stay zero."""
+def _activate(pre_NJ: Tensor, act: str, interleaved: bool) -> Tensor:
+    """Activation [N, I] in at least fp32, not cast back; may be a view of the pre-activation."""
     wide_NJ = pre_NJ if pre_NJ.dtype == torch.float64 else pre_NJ.float()
-    # contiguous: the formula "u" is a strided view of the pre-activation
-    out_NI = evaluate(act, *split_gate(wide_NJ, act, interleaved=interleaved)).to(pre_NJ.dtype).contiguous()
-    if isinstance(valid, int):
-        out_NI[valid:].zero_()
-        return out_NI
-    return torch.where(valid.unsqueeze(1), out_NI, 0.0)
+    return evaluate(act, *split_gate(wide_NJ, act, interleaved=interleaved))
 
 
 def _cpu(
@@ -73,10 +69,19 @@ def _cpu(
     act: str = IDENTITY,
     interleaved: bool = False,
 ) -> Tensor:
-    _validate(hidden_TH, w13_EJH, b13_EJ, order_N, offsets_E1, top_k, act)
+    width_I = _validate(hidden_TH, w13_EJH, b13_EJ, order_N, offsets_E1, top_k, act)
     bounds = offsets_E1.tolist()
-    pre_NJ = grouped_mm_cpu(_gather(hidden_TH, order_N, top_k), w13_EJH, b13_EJ, bounds)
-    return pre_NJ if act == IDENTITY else _activate(pre_NJ, act, interleaved, bounds[-1])
+    out_NI = hidden_TH.new_empty(order_N.shape[0], width_I)
+    out_NI[bounds[-1] :].zero_()
+    wide = torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32
+    for first, last, experts in expert_chunks(bounds):
+        rows_RH = _gather(hidden_TH, order_N[first:last], top_k)
+        out_RI = out_NI[first:last]
+        pre_RJ = out_RI if act == IDENTITY else rows_RH.new_empty(last - first, w13_EJH.shape[1], dtype=wide)
+        expert_products(rows_RH, w13_EJH, b13_EJ, pre_RJ, experts=experts)
+        if act != IDENTITY:
+            out_RI.copy_(_activate(pre_RJ, act, interleaved))
+    return out_NI
 
 
 def _cuda(
@@ -94,8 +99,8 @@ def _cuda(
         pre_NJ = gathered_bmm(_gather(hidden_TH, order_N, top_k), w13_EJH, b13_EJ, offsets_E1)
         if act == IDENTITY:
             return pre_NJ
-        rows_N = torch.arange(pre_NJ.shape[0], device=pre_NJ.device)
-        return _activate(pre_NJ, act, interleaved, rows_N < offsets_E1[-1])
+        valid_N1 = (torch.arange(pre_NJ.shape[0], device=pre_NJ.device) < offsets_E1[-1]).unsqueeze(1)
+        return torch.where(valid_N1, _activate(pre_NJ, act, interleaved), 0.0)
     return launcher().moe_expert_up(hidden_TH, w13_EJH, b13_EJ, order_N, offsets_E1, act=act, interleaved=interleaved)
 
 

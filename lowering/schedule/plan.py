@@ -18,11 +18,13 @@ _RANGE_COST = 0.05  # summed log loss that another range, so another compilation
 
 def candidates(shape: GemmShape, device: DeviceSpec) -> list[Schedule]:
     """Schedules that fit the device's shared memory and registers."""
+    # before sm_90, products take their operands from registers too
+    most_accumulators = 128 if device.capability >= (9, 0) else 64
     return [
         schedule
         for schedule in (*_pointer_schedules(), *_descriptor_schedules(shape, device))
         if schedule.shared_memory(gated=shape.gated, element_size=shape.element_size) <= device.shared_memory - 2048
-        and 4 <= schedule.accumulators_per_thread(gated=shape.gated) <= 128
+        and 4 <= schedule.accumulators_per_thread(gated=shape.gated) <= most_accumulators
     ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowering.inductor.fake_device import fake_h100
+from lowering.inductor.fake_device import fake_gpu
 from lowering.templates import standalone
 
 from .interpreter import interpreter
@@ -50,7 +50,7 @@ def compile_for_h100(
     import triton
     from torch._inductor.utils import fresh_cache
 
-    with fake_h100(), fresh_cache(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+    with fake_gpu(), fresh_cache(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
         triton.knobs.nvidia.dump_ptxas_log = True
         standalone._jit_function.cache_clear()  # compiled kernels are kept there too
         kernel = standalone.compile_only(

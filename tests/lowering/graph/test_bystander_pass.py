@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from lowering.graph.bystander_pass import bystander_pass
 from lowering.graph.dataflow import aten
 from lowering.graph.pipeline import run_passes
-from lowering.inductor.fake_device import fake_h100
+from lowering.inductor.fake_device import fake_gpu
 from lowering.inductor.offline import fake_cuda, fake_cuda_module
 from lowering.report import collect
 from tests.support.graphs import calls
@@ -25,7 +25,7 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is pr
 def exported(family: str) -> Graph:
     """The graph of a block on a faked GPU, any number of tokens, decomposed as Inductor does it."""
     block = build_model(family, dataclasses.replace(TINY, layers=1)).model.layers[0].mlp
-    with fake_h100():
+    with fake_gpu():
         mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
         fake = fake_cuda_module(block, mode=mode, dtype=torch.bfloat16)
         inputs = fake_cuda((torch.empty(1, 9, TINY.hidden, dtype=torch.bfloat16),), mode=mode)

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowering.errors import ReasonCode
 from lowering.inductor import _compat
-from lowering.inductor.fake_device import fake_h100
+from lowering.inductor.fake_device import fake_gpu
 from lowering.inductor.offline import _quiet_compiler, fake_cuda, offline_source
 from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
@@ -104,7 +104,7 @@ def test_a_package_is_for_all_sizes_of_its_program(generated):
     """It checks no guards: a range of rows that it were made for would make kernels that are not ours wrong beyond."""
     register_lowerings()
     tokens = torch.export.Dim("tokens", min=2, max=AT_MOST)
-    with fake_h100(), _quiet_compiler(AS_AOTINDUCTOR), torch.no_grad():
+    with fake_gpu(), _quiet_compiler(AS_AOTINDUCTOR), torch.no_grad():
         inputs = fake_cuda(tuple(Block(FEW).inputs()), mode=FakeTensorMode(allow_non_fake_inputs=True))
         hidden, ids, *rest = ({0: tokens} if tensor.shape[0] == FEW.tokens else None for tensor in inputs)
         shapes = {"hidden_TH": hidden, "ids_TK": ids, "rest": tuple(rest)}

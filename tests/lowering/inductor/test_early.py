@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowering.inductor import early, fake_device, lowerings
-from lowering.inductor.fake_device import H100, fake_h100
+from lowering.inductor.fake_device import H100, fake_gpu
 from lowering.inductor.offline import _binary, _scratch_caches, offline_source
 from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
@@ -84,7 +84,7 @@ def test_every_kernel_waits_first(early_code):
 def test_the_machine_code_waits_first(early_code):
     from torch._inductor.codecache import PyCodeCache
 
-    with fake_h100(), _scratch_caches():
+    with fake_gpu(), _scratch_caches():
         for kernel in early_code[0].kernels:
             tuner = getattr(PyCodeCache.load(kernel.source), kernel.name)
             binary, _ = _binary(tuner, tuner.configs[0])

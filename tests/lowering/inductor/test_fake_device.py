@@ -9,8 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowering.errors import MoEDeviceError, MoEUnsupportedError, ReasonCode
 from lowering.inductor import fake_device
-from lowering.inductor.fake_device import H100, fake_h100, fake_refusal
+from lowering.inductor.fake_device import A100, H100, fake_gpu, fake_refusal
 from lowering.inductor.fake_guard import guard_registry
+from tests.support.catalogue import raises_catalogue
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: nothing to fake")
 
@@ -52,13 +53,13 @@ def changed(before, after):
 @pytest.fixture(scope="module", autouse=True)
 def everything_loaded():
     """What is imported or registered on first use is no change."""
-    with fake_h100():
+    with fake_gpu():
         pass
 
 
 def test_nothing_is_left_behind():
     before = snapshot()
-    with fake_h100():
+    with fake_gpu():
         inside = changed(before, snapshot())
     assert {name for _, name in inside} >= {"is_available", "_active", "cuda:0", "avoid_device_init"}
     assert not changed(before, snapshot())
@@ -67,7 +68,7 @@ def test_nothing_is_left_behind():
 
 def test_nothing_is_left_behind_after_an_error():
     before = snapshot()
-    with pytest.raises(KeyError), fake_h100():
+    with pytest.raises(KeyError), fake_gpu():
         raise KeyError
     assert not changed(before, snapshot())
 
@@ -75,14 +76,14 @@ def test_nothing_is_left_behind_after_an_error():
 def test_a_patch_that_cannot_be_made_undoes_the_others(monkeypatch):
     before = snapshot()
     monkeypatch.setattr(fake_device, "_cuda_answers", lambda gpu: {"is_available": None, "no_such_name": None})
-    with pytest.raises(AttributeError, match="no_such_name"), fake_h100():
+    with pytest.raises(AttributeError, match="no_such_name"), fake_gpu():
         pass
     assert not changed(before, snapshot())
 
 
 def test_blocks_nest():
-    with fake_h100():
-        with fake_h100() as gpu:
+    with fake_gpu():
+        with fake_gpu() as gpu:
             assert gpu is H100
         assert torch.cuda.is_available()
     assert not torch.cuda.is_available()
@@ -93,11 +94,11 @@ def test_another_thread_waits_until_the_device_is_gone():
 
     def other():
         entered.set()
-        with fake_h100():
+        with fake_gpu():
             seen.append("inside")
 
     thread = threading.Thread(target=other)
-    with fake_h100():
+    with fake_gpu():
         thread.start()
         entered.wait()
         thread.join(0.2)
@@ -106,13 +107,22 @@ def test_another_thread_waits_until_the_device_is_gone():
     assert seen == ["inside"] and not torch.cuda.is_available()
 
 
+def test_another_gpu_inside_is_refused():
+    with fake_gpu(A100) as outer, fake_gpu(A100):
+        assert outer is A100 and torch.cuda.get_device_capability() == (8, 0)
+        with raises_catalogue(MoEDeviceError, where="fake_gpu", got=H100.name), fake_gpu(H100):
+            pass
+    with fake_gpu():
+        assert torch.cuda.get_device_capability() == (9, 0)
+
+
 def test_it_answers_like_an_h100():
     from torch._inductor.runtime.hints import DeviceProperties
     from torch._inductor.utils import get_gpu_type
     from torch.utils._triton import has_triton
 
     assert not has_triton()
-    with fake_h100():
+    with fake_gpu():
         import triton
 
         assert torch.cuda.get_device_capability() == (9, 0)
@@ -126,14 +136,14 @@ def test_it_answers_like_an_h100():
 
 
 def test_fake_tensors_can_be_indexed_and_moved():
-    with fake_h100(), FakeTensorMode():
+    with fake_gpu(), FakeTensorMode():
         x_TH = torch.randn(8, 4, device="cuda")
         assert x_TH[torch.zeros(3, dtype=torch.int64, device="cuda")].shape == (3, 4)
         assert x_TH[1:, None, ..., 0].device.type == torch.randn(3).to("cuda").device.type == "cuda"
 
 
 def test_real_tensors_on_the_device_are_refused():
-    with fake_h100(), pytest.raises(MoEDeviceError, match="fake tensors only"):
+    with fake_gpu(), pytest.raises(MoEDeviceError, match="fake tensors only"):
         torch.empty(3, device="cuda")
 
 
@@ -141,7 +151,7 @@ def test_a_real_device_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a real one")
     assert fake_refusal().code is ReasonCode.OPTION
-    with pytest.raises(MoEDeviceError, match="a real one"), fake_h100():
+    with pytest.raises(MoEDeviceError, match="a real one"), fake_gpu():
         pass
 
 
@@ -149,5 +159,5 @@ def test_missing_triton_is_refused(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
     assert fake_refusal().code is ReasonCode.NO_TRITON
-    with pytest.raises(MoEUnsupportedError, match="pip install triton"), fake_h100():
+    with pytest.raises(MoEUnsupportedError, match="pip install triton"), fake_gpu():
         pass

@@ -8,7 +8,7 @@ from torch.fx import Graph
 
 from lowering.inductor import _compat, gemm_plan, offline
 from lowering.inductor.fake_device import H100 as FAKE
-from lowering.inductor.fake_device import fake_h100
+from lowering.inductor.fake_device import fake_gpu
 from lowering.inductor.gemm_plan import gemm_shape, row_range, rows_bound
 from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
@@ -165,7 +165,7 @@ def test_one_graph_per_range_of_rows():
     graphs = Graphs(Block(WIDE, tail=False))
     starts = [2, *(bound + 1 for bound in bounds)]
     stops = [*bounds, 20_000]
-    with fake_h100(), offline._quiet_compiler(None), torch.no_grad():
+    with fake_gpu(), offline._quiet_compiler(None), torch.no_grad():
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         for index, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             for tokens in (start, (start + stop) // 2, stop):

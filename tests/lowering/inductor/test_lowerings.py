@@ -10,6 +10,7 @@ import torch
 
 from lowering.errors import ReasonCode
 from lowering.inductor import lowerings, unsorted_slots
+from lowering.inductor.fake_device import A100, B200, H100
 from lowering.inductor.offline import compile_kernels, offline_source
 from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
@@ -137,18 +138,22 @@ def test_weight_gradients(indices):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [64, 8192])
-def test_a_real_shape_compiles_without_spills(tokens):
+@pytest.mark.parametrize("gpu", [A100, H100, B200], ids=lambda gpu: f"sm_{gpu.arch}")
+def test_a_real_shape_compiles_without_spills(gpu, tokens):
     form = WIDE.replace(tokens=tokens, top_k=8, experts=64, hidden=2048, width=768, dtype=torch.bfloat16)
     function = Block(form)
     with torch.device("meta"):
         sizes = ((tokens, 2048), (64, 1536, 2048), (64, 2048, 768))
         hidden_TH, w13_EJH, w2_EHI = (torch.empty(size, dtype=torch.bfloat16) for size in sizes)
         inputs = [hidden_TH, torch.empty(tokens, 8, dtype=torch.int32), torch.empty(tokens, 8), w13_EJH, w2_EHI]
-    code, _ = code_of(function, inputs)
+    code, _ = code_of(function, inputs, gpu=gpu)
     for facts in compile_kernels(code):
         assert facts.spill_bytes == 0, facts
+        assert facts.shared_bytes <= gpu.shared_memory_per_block_optin, facts
         if "expert" in facts.name and tokens > 64:
-            assert facts.wgmma > 0, facts
+            assert (facts.wgmma > 0) == (gpu is H100), facts
+        if gpu is A100:
+            assert facts.tma == 0, facts
 
 
 def test_outputs_beyond_32_bits_of_a_symbolic_size_compile():

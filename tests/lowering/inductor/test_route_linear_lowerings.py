@@ -12,7 +12,7 @@ from lowering.errors import ReasonCode
 from lowering.graph import pipeline
 from lowering.inductor import offline, route_linear_lowerings
 from lowering.inductor.fake_device import H100 as FAKE
-from lowering.inductor.fake_device import fake_h100
+from lowering.inductor.fake_device import fake_gpu
 from lowering.inductor.offline import compile_kernels, offline_source
 from lowering.inductor.passes import register_lowerings
 from lowering.ops.moe_dispatch import moe_dispatch
@@ -281,7 +281,7 @@ def test_as_many_graphs_as_without():
     bounds = [found.max_rows // spec.top_k for found in plan(shapes, DeviceSpec.of_properties(FAKE))[:-1]]
     assert bounds[0] <= route_linear_lowerings.MOST_TOKENS < bounds[1]
     graphs = Graphs("qwen3")
-    with fake_h100(), offline._quiet_compiler(None), torch.no_grad():
+    with fake_gpu(), offline._quiet_compiler(None), torch.no_grad():
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         for tokens in (2, 9, bounds[0], bounds[0] + 1, bounds[1], bounds[1] + 1, 20_000):
             graphs(tokens, mode)

@@ -1,0 +1,127 @@
+"""Expert GEMMs on a CPU: rows of a few experts at a time, each expert's product in the way that is fastest here.
+
+BLAS libraries are made for large matrices: with several threads, some compute the transposed product of the few rows
+that an expert gets about twice as fast. That is found out by timing both, once a process. 16-bit products are slow
+where torch has no help of the processor for them: from a handful of rows on the weight is widened, by parts that stay
+in the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+Chunk = list[tuple[int, int, int]]  # (expert, its first row, its last row + 1)
+
+_ROWS_AT_ONCE = 256  # of all experts together: what is gathered, computed and activated stays in the cache
+_WIDENED = 1 << 19  # fp32 elements of a weight that are widened at once, 2 MiB
+_LEAST_WIDENED_ROWS = 4  # with fewer, widening the weight costs more than the product
+_FEW_ROWS = 128  # from here on both products are equally fast
+_PROBED_SIZE = 1024  # rows and columns of the weight that is timed
+_PROBED_ROWS = 16
+_PROBES = 9  # the fastest of so many calls counts
+_MARGIN = 1.3  # with one thread both ways take the same time, with two one of them twice as long
+
+
+def expert_chunks(bounds: list[int]) -> Iterator[tuple[int, int, Chunk]]:
+    """(first row, last row + 1, [(expert, start, end), ...]) of consecutive experts that have rows, in expert order.
+
+    bounds [E+1]: the first row of each expert. A chunk holds at least one expert, and few rows otherwise.
+    """
+    chunk: Chunk = []
+    for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
+        if start == end:
+            continue
+        if chunk and end - chunk[0][1] > _ROWS_AT_ONCE:
+            yield chunk[0][1], chunk[-1][2], chunk
+            chunk = []
+        chunk.append((expert, start, end))
+    if chunk:
+        yield chunk[0][1], chunk[-1][2], chunk
+
+
+def expert_products(
+    rows_RX: Tensor, weight_EYX: Tensor, bias_EY: Tensor | None, out_RY: Tensor, *, experts: Chunk
+) -> None:
+    """out = rows @ weight[e].T + bias[e] for the rows of a chunk of experts.
+
+    weight [E, Y, X], of any strides, and bias [E, Y] in the dtype of rows. out [R, Y], which is overwritten, in the
+    dtype of rows or, of 16-bit ones, in fp32.
+    """
+    dtype, row_major = rows_RX.dtype, weight_EYX[0].is_contiguous()
+    few = _FEW_ROWS if row_major and dtype == torch.float32 and is_transposed_faster() else 0
+    least_widened = _LEAST_WIDENED_ROWS if row_major and has_no_units_for(dtype) else rows_RX.shape[0] + 1
+    counts = [end - start for _, start, end in experts]
+    weight_EXY = weight_EYX.transpose(1, 2)
+    for (expert, _, _), count, rows, out in zip(
+        experts, counts, rows_RX.split(counts), out_RY.split(counts), strict=True
+    ):
+        bias_Y = None if bias_EY is None else bias_EY[expert]
+        if 1 < count < few:
+            _transposed(rows, weight_EYX[expert], bias_Y, out)
+        elif count >= least_widened:
+            _transposed(rows.float(), weight_EYX[expert], bias_Y, out)
+        else:
+            direct = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+            if bias_Y is None:
+                torch.mm(rows, weight_EXY[expert], out=direct)
+            else:
+                torch.addmm(bias_Y, rows, weight_EXY[expert], out=direct)
+            if direct is not out:
+                out.copy_(direct)
+
+
+def _transposed(rows_RX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None, out_RY: Tensor) -> None:
+    """(weight @ rows.T).T + bias in fp32, the dtype of rows; a 16-bit weight is widened."""
+    num_rows = rows_RX.shape[0]
+    multiple = 4 if num_rows <= 4 else 16  # other row counts take up to twice as long
+    rows_XP = torch.nn.functional.pad(rows_RX, (0, 0, 0, -num_rows % multiple)).t()
+    out_YP = rows_RX.new_empty(weight_YX.shape[0], rows_XP.shape[1])
+    if weight_YX.dtype == torch.float32:
+        torch.mm(weight_YX, rows_XP, out=out_YP)  # to `out`: autocast would change the dtype of a result of its own
+    else:
+        height = max(1, _WIDENED // weight_YX.shape[1])
+        wide = rows_RX.new_empty(min(height, weight_YX.shape[0]), weight_YX.shape[1])
+        for part, out in zip(weight_YX.split(height), out_YP.split(height), strict=True):
+            torch.mm(wide[: part.shape[0]].copy_(part), rows_XP, out=out)
+    made_RY = out_YP[:, :num_rows].t()
+    out_RY.copy_(made_RY if bias_Y is None else made_RY + bias_Y)
+
+
+@functools.cache
+def has_no_units_for(dtype: torch.dtype) -> bool:
+    """Whether torch computes products of a 16-bit dtype without the processor's help, much slower than in fp32."""
+    if dtype == torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def is_transposed_faster() -> bool:
+    """Whether the transposed fp32 product of few rows is clearly faster than the direct one on this machine.
+
+    Timed once for a number of threads. The two differ in the last bits: False with `use_deterministic_algorithms`.
+    """
+    return not torch.are_deterministic_algorithms_enabled() and _probe(torch.get_num_threads())
+
+
+@functools.cache
+def _probe(_num_threads: int) -> bool:
+    weight_YX, rows_RX = (
+        torch.ones(rows, _PROBED_SIZE, dtype=torch.float32, device="cpu") for rows in (_PROBED_SIZE, _PROBED_ROWS)
+    )
+    direct = _seconds(lambda: torch.mm(rows_RX, weight_YX.t()))
+    return _seconds(lambda: torch.mm(weight_YX, rows_RX.t())) * _MARGIN < direct
+
+
+def _seconds(way: Callable[[], object]) -> float:
+    times = []
+    for _ in range(_PROBES):
+        start = time.perf_counter()
+        way()
+        times.append(time.perf_counter() - start)
+    return min(times)
