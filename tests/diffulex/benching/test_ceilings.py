@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from benchmarks.bench_experts import floor
 from benchmarks.shapes import Shape
 
