@@ -17,6 +17,7 @@ from .inputs import Inputs, route
 from .layers import Layer
 
 MOST_ROWS = 64
+_YARDSTICKS = ("eager", "grouped_mm")
 _SHARE_OF_MEMORY = 0.5  # of what is free, for one expert in the wide dtype
 
 
@@ -73,10 +74,9 @@ class Checker:
         self._index_R = spread(tokens, MOST_ROWS // self._sets).to(layer.device)
         self._shape, self._dtype = inputs[0].hidden_TH.shape, layer.dtype
         sampled = [one.rows(self._index_R) for one in inputs[: self._sets]]
-        eager = layer.with_implementation("eager")
         wide = _wide_dtype(layer)
         self._exact = [exact_rows(layer, one, source=source, dtype=wide).double() for one in sampled]
-        self._eager = [eager(*_routed(one, source)) for one in sampled]
+        self._eager = _eager_rows(layer, [_routed(one, source) for one in sampled], exact=self._exact)
 
     def __call__(self, call: Callable[[int], Tensor]) -> Verdict:
         """The verdict on `call`, which returns [T, H] in the layer's dtype for the input set of a number."""
@@ -90,6 +90,17 @@ class Checker:
         exact, mine = torch.cat(self._exact), torch.cat(found).double()
         ratio = error_ratio(found, self._eager, oracle=self._exact)
         return Verdict(ratio, float((mine - exact).norm() / exact.norm()))
+
+
+def _eager_rows(
+    layer: Layer, sampled: Sequence[tuple[Tensor, Tensor, Tensor]], *, exact: Sequence[Tensor]
+) -> list[Tensor]:
+    """What eager torch makes of the rows: by transformers' loop or its grouped_mm, whichever errs more on average.
+
+    They round at different places, and both are right.
+    """
+    outs = [[layer.with_implementation(name)(*one) for one in sampled] for name in _YARDSTICKS]
+    return max(outs, key=lambda out: sum(float((mine - one).abs().sum()) for mine, one in zip(out, exact, strict=True)))
 
 
 def _routed(inputs: Inputs, source: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,10 @@ class Inputs(NamedTuple):
     logits_TE: Tensor
 
     def of(self, source: str) -> tuple[Tensor, ...]:
-        """What a function takes by its source: (hidden, ids, weights) for "topk", (hidden, logits) for "logits"."""
+        """What a function takes by its source, in the dtypes above.
+
+        (hidden [T, H], ids [T, K], weights [T, K]) for "topk", (hidden [T, H], logits [T, E]) for "logits".
+        """
         if source == "topk":
             return self.hidden_TH, self.ids_TK, self.weights_TK
         return self.hidden_TH, self.logits_TE
@@ -64,7 +67,8 @@ def draw_logits(routing: str, tokens: int, *, shape: Shape, generator: torch.Gen
     if routing == "zipf":
         popularity_E = torch.empty(shape.num_experts, device=device)
         popularity_E[order_E] = 1.0 / torch.arange(1, shape.num_experts + 1, device=device)
-        return popularity_E.log() - torch.empty(size, device=device).exponential_(generator=generator).log()
+        waiting_TE = torch.empty(size, device=device).exponential_(generator=generator)
+        return popularity_E.log() - waiting_TE.clamp_min(1e-30).log()
     logits_TE = torch.randn(size, device=device, generator=generator)
     logits_TE[:, order_E[: shape.top_k]] += _AHEAD
     return logits_TE

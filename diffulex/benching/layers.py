@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowering.activation import as_function, split_gate
+from lowering.activation import as_function
 from lowering.reference.moe_block import ExpertWeights
 from lowering.spec import ExpertSpec
 
@@ -123,7 +123,10 @@ class _Experts(nn.Module):
                 setattr(self, f"{name}_bias", nn.Parameter(torch.empty(spec.num_experts, size[0])))
 
     def _apply_gate(self, pre_NJ: Tensor) -> Tensor:
-        return self.act(*split_gate(pre_NJ, self.spec.act, interleaved=self.spec.interleaved))
+        # not `split_gate`: it parses the formula, which Dynamo does not trace
+        if self.spec.interleaved:
+            return self.act(pre_NJ[:, 0::2], pre_NJ[:, 1::2])
+        return self.act(*pre_NJ.chunk(2, dim=-1))
 
     def act_fn(self, pre_NI: Tensor) -> Tensor:
         """The activation [N, I] of experts without a gate, in the dtype of its input."""

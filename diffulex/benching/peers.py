@@ -115,6 +115,8 @@ def _no_vllm(_dtype: torch.dtype) -> Reason | None:
 
 
 def _vllm_refuses(layer: Layer, _tokens: int) -> Reason | None:
+    if layer.case.spec.transposed:
+        return Reason(ReasonCode.LAYOUT, "vLLM's kernel reads weights [E, out, in], not their transposes")
     return _vllm_refusal(layer.case.spec, ReasonCode.OPTION)
 
 

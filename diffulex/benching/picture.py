@@ -14,6 +14,8 @@ _PANEL = (480, 340)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 18, 40, 48
 _HEADER, _LEGEND = 58, 22
 _RADIUS = 4.5
+_TOGETHER = 14  # marks nearer than this, across, have no room for a label each
+_NARROWEST = 640  # that the title fits into
 # a shape for each colour: the marks are told apart in print too
 _GLYPHS = (
     "M{x} {y}m-{r} 0a{r} {r} 0 1 0 {d} 0a{r} {r} 0 1 0 -{d} 0z",
@@ -76,7 +78,7 @@ def roofline(marks: Sequence[Mark], ceilings: Ceilings, *, title: str) -> str:
     x = _decades([ridge / 4, ridge * 4, *(mark.intensity for mark in marks)])
     y = _decades([ceilings.matrix_rate, *(mark.rate for mark in marks)])
     columns = min(2, max(1, len(panels)))
-    width, height = columns * _PANEL[0], _HEADER + _LEGEND + -(-len(panels) // columns) * _PANEL[1]
+    width, height = max(columns * _PANEL[0], _NARROWEST), _HEADER + _LEGEND + -(-len(panels) // columns) * _PANEL[1]
     parts = [f'<text class="title" x="{_LEFT}" y="24">{text(title)}</text>']
     parts.append(f'<text class="soft" x="{_LEFT}" y="44">{text(f"ceilings, measured: {ceilings}")}</text>')
     parts += _legend(peers)
@@ -150,12 +152,20 @@ def _ceiling(axes: _Axes, ceilings: Ceilings) -> str:
 
 
 def _labels(axes: _Axes, marks: Sequence[Mark]) -> list[str]:
-    """The token count of each cell, below the lowest of its marks."""
+    """The token counts of cells, below the lowest of their marks; cells that stand together share a label."""
+    groups: list[list[Mark]] = []
+    for mark in sorted(marks, key=lambda one: one.intensity):
+        near = groups and axes.across(mark.intensity) - axes.across(groups[-1][0].intensity) < _TOGETHER
+        if near:
+            groups[-1].append(mark)
+        else:
+            groups.append([mark])
     parts = []
-    for tokens in dict.fromkeys(mark.tokens for mark in marks):
-        mark = min((one for one in marks if one.tokens == tokens), key=lambda one: one.rate)
-        place = f'x="{axes.across(mark.intensity):.1f}" y="{axes.up(mark.rate) + 18:.1f}"'
-        parts.append(f'<text class="soft" {place} text-anchor="middle">{tokens}</text>')
+    for group in groups:
+        x = (axes.across(group[0].intensity) + axes.across(group[-1].intensity)) / 2
+        y = max(axes.up(mark.rate) for mark in group) + 18
+        words = ", ".join(str(tokens) for tokens in sorted({mark.tokens for mark in group}))
+        parts.append(f'<text class="soft" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{words}</text>')
     return parts
 
 
