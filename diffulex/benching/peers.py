@@ -78,6 +78,13 @@ def compiled(layer: Layer, source: str) -> Runner:
     return dataclasses.replace(runner, run=torch.compile(runner.run, fullgraph=True, dynamic=False))
 
 
+def _no_kernels(_dtype: torch.dtype) -> Reason | None:
+    """Without generated kernels the graph would be stock's, or the ops' own kernels, which are not there for speed."""
+    from ..cli.env import generation_refusal
+
+    return generation_refusal()
+
+
 def _no_stock(dtype: torch.dtype) -> Reason | None:
     """A compiled grouped_mm asks the host in other dtypes and on other devices: no CUDA graph can hold that."""
     if dtype != torch.bfloat16:
@@ -149,7 +156,7 @@ def _too_large(layer: Layer, tokens: int) -> Reason | None:
 
 
 PEERS = (
-    Peer("diffulex", "cuda", compiled),
+    Peer("diffulex", "cuda", compiled, absent=_no_kernels),
     Peer("stock", "cuda", compiled, absent=_no_stock, state=disabled),
     Peer("vllm", "cuda", vllm, absent=_no_vllm, refuses=_vllm_refuses),
     Peer("diffulex", "cpu", _eager("diffulex")),
@@ -164,7 +171,7 @@ def choose(
 ) -> tuple[list[Peer], dict[str, Reason]]:
     """The peers of these names on a device, in their order there; without names all that run, and why others do not.
 
-    A name that is unknown, or of a peer that cannot run, is an error of the catalogue.
+    A name that is unknown, or of a peer that cannot run, is an error of the catalogue; so is a device where none can.
     """
     here = {peer.name: peer for peer in PEERS if peer.device == device.type}
     for name in names or ():
@@ -174,7 +181,7 @@ def choose(
             )
     wanted = list(here) if names is None else [name for name in here if name in names]
     reasons = {name: reason for name in wanted if (reason := here[name].absent(dtype)) is not None}
-    if names is not None and reasons:
+    if reasons and (names is not None or len(reasons) == len(wanted)):
         name, reason = next(iter(reasons.items()))
         raise MoEUnsupportedError.of(
             f"--peers {name}",

@@ -1,6 +1,9 @@
 """One cell: checked before it is timed, what is wrong or refused is not timed, what is left is."""
 
+import contextlib
 import dataclasses
+import types
+import weakref
 
 import pytest
 import torch
@@ -8,7 +11,9 @@ import torch
 from diffulex.benching import cells
 from diffulex.benching.ceilings import Ceilings
 from diffulex.benching.cells import Options, measure_cell
-from diffulex.benching.peers import PEERS, Peer, Runner
+from diffulex.benching.check import Checker
+from diffulex.benching.inputs import make_inputs
+from diffulex.benching.peers import PEERS, Peer, Runner, choose
 from lowering.errors import Reason, ReasonCode
 from tests.support.benching import tiny_layer
 
@@ -103,3 +108,51 @@ def test_arguments_are_made_outside_of_what_is_timed(monkeypatch):
     peer = Peer("own", "cpu", lambda layer, source: Runner(GROUPED.build(layer, source).run, prepare))
     measure_cell(tiny_layer(), 1, peers=[peer], options=OPTIONS)
     assert seen == [(16, 16), 16]
+
+
+def test_on_cuda_a_graph_is_captured_in_the_peers_state_and_its_arguments_stay(monkeypatch):
+    """Without a GPU: everything that touches one is replaced. A graph keeps none of the tensors that it reads."""
+    layer = tiny_layer()
+    faked = types.SimpleNamespace(case=layer.case, dtype=layer.dtype, device=torch.device("cuda"))
+    steps, arguments = [], []
+
+    @contextlib.contextmanager
+    def state():
+        steps.append("enter")
+        yield
+        steps.append("leave")
+
+    def capture(run, made):
+        steps.append(f"capture {len(made)}")
+        arguments.extend(weakref.ref(tensor) for tensor in made[0])
+        return "graph"
+
+    def timed(graphs, calls):
+        steps.append(f"time {graphs} {calls}")
+        assert all(reference() is not None for reference in arguments)
+        return dict.fromkeys(graphs, 5.0)
+
+    def prepare(one):
+        return one.hidden_TH.clone(), one.ids_TK.int(), one.weights_TK.float()
+
+    runner = dataclasses.replace(GROUPED.build(layer, "topk"), prepare=prepare)
+    monkeypatch.setattr(cells, "make_inputs", lambda *args, device, **given: make_inputs(*args, device="cpu", **given))
+    monkeypatch.setattr(cells, "Checker", lambda _layer, inputs, *, source: Checker(layer, inputs, source=source))
+    monkeypatch.setattr(cells, "capture", capture)
+    monkeypatch.setattr(cells, "round_robin", timed)
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: steps.append("reset"))
+    peers = [Peer("one", "cuda", lambda *args: runner, state=state), Peer("other", "cuda", lambda *args: runner)]
+    cell = measure_cell(faked, 9, peers=peers, options=OPTIONS)
+    assert steps[:-1] == ["reset", "enter", "capture 4", "leave", "reset", "capture 4"]
+    assert steps[-1] == "time {'one': 'graph', 'other': 'graph'} 4"
+    assert [result.microseconds for result in cell.results] == [5.0, 5.0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("source", ["topk", "logits"])
+def test_the_peers_of_a_gpu(source):
+    peers, _ = choose(None, device=torch.device("cuda"), dtype=torch.bfloat16)
+    layer = tiny_layer(dtype=torch.bfloat16, device=torch.device("cuda"))
+    cell = measure_cell(layer, 64, peers=peers, options=dataclasses.replace(OPTIONS, source=source))
+    assert [(result.outcome, result.detail) for result in cell.results] == [("timed", "")] * len(peers)
+    assert all(result.microseconds > 0 for result in cell.results)

@@ -12,6 +12,7 @@ from diffulex.benching.check import Checker
 from diffulex.benching.peers import PEERS, choose, gathered_bytes
 from diffulex.integrations import vllm as adapter
 from lowering.errors import MoEOptionError, MoEUnsupportedError, ReasonCode
+from lowering.state import disabled
 from tests.support import vllm_stub
 from tests.support.benching import CPU, tiny_inputs, tiny_layer
 
@@ -27,6 +28,7 @@ def peer(name, device="cpu"):
 @pytest.fixture
 def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
 
 @pytest.mark.parametrize("name", ["diffulex", "eager", "grouped_mm", "batched_mm"])
@@ -45,6 +47,15 @@ def test_without_names_all_that_can_run(hopper):
     assert [one.name for one in found] == ["diffulex", "stock"]
     assert list(left_out) == ["vllm"] and left_out["vllm"].code is ReasonCode.ABSENT
     assert "No module named 'vllm'" in str(left_out["vllm"])
+
+
+@no_vllm
+def test_diffulex_without_its_kernels_is_not_timed_under_its_name(hopper):
+    with disabled():
+        found, left_out = choose(None, device=CUDA, dtype=torch.bfloat16)
+        assert [one.name for one in found] == ["stock"] and left_out["diffulex"].code is ReasonCode.DISABLED
+        with pytest.raises(MoEUnsupportedError, match=r"--peers diffulex.*DISABLED"):
+            choose(None, device=CUDA, dtype=torch.float16)  # nobody is left
 
 
 def test_names_are_taken_in_the_order_of_the_registry():
