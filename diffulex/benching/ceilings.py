@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from lowering.spec import ExpertSpec
 
 from .inputs import Inputs
-from .timing import median_seconds
+from .timing import call_seconds
 
 # side of the product and bytes that are read; smaller on a CPU, where both would take minutes
 _SIDE = {"cuda": 8192, "cpu": 2048}
 _READ_BYTES = {"cuda": 4 << 30, "cpu": 1 << 29}
+# on a CPU in 16 bits torch is several times faster with the second factor transposed, as weights are
+_PRODUCT: dict[str, Callable[..., Tensor]] = {"cuda": torch.matmul, "cpu": functional.linear}
+# a GPU's clocks sink as it works, so its usual rate counts; other work on a CPU makes a ceiling too low, never too high
+_CHOSEN: dict[str, Callable[[list[float]], float]] = {"cuda": statistics.median, "cpu": min}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +57,12 @@ class Work:
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """The rates of the device, measured now: a product in the dtype, a sum in fp32."""
-    side = _SIDE[device.type]
+    kind, chosen = device.type, _CHOSEN[device.type]
+    side = _SIDE[kind] // (2 if kind == "cpu" and dtype.itemsize == 2 else 1)  # CPUs may emulate 16-bit products
     first, second = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    matrix_rate = 2 * side**3 / median_seconds(lambda: first @ second, device=device)
-    big = torch.randn(_READ_BYTES[device.type] // 4, device=device)
-    return Ceilings(matrix_rate, big.numel() * 4 / median_seconds(big.sum, device=device))
+    matrix_rate = 2 * side**3 / chosen(call_seconds(lambda: _PRODUCT[kind](first, second), device=device))
+    big = torch.randn(_READ_BYTES[kind] // 4, device=device)
+    return Ceilings(matrix_rate, big.numel() * 4 / chosen(call_seconds(big.sum, device=device)))
 
 
 def work_of(spec: ExpertSpec, inputs: Sequence[Inputs], *, source: str = "topk") -> Work:

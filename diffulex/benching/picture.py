@@ -16,7 +16,7 @@ _HEADER, _LEGEND = 58, 22
 _RADIUS = 4.5
 _TOGETHER = 14  # marks nearer than this, across, have no room for a label each
 _NARROWEST = 640  # that the title fits into
-# a shape for each colour: the marks are told apart in print too
+# a shape for each colour, seen through: marks are told apart in print, and where they stand on one another
 _GLYPHS = (
     "M{x} {y}m-{r} 0a{r} {r} 0 1 0 {d} 0a{r} {r} 0 1 0 -{d} 0z",
     "M{x} {y}m-{r} -{r}h{d}v{d}h-{d}z",
@@ -35,7 +35,8 @@ _STYLE = (
     + ".roofline .title{font-weight:600;font-size:14px}.roofline .soft{fill:var(--soft);font-size:11px}"
     + ".roofline .grid{fill:none;stroke:var(--line);stroke-width:1}"
     + ".roofline .ceiling{fill:none;stroke:var(--ink);stroke-width:1.5}"
-    + "".join(f".roofline .p{n} path{{fill:var(--p{n});stroke:var(--page)}}" for n in range(len(_LIGHT)))
+    + ".roofline g path{fill-opacity:.3;stroke-width:1.5}"
+    + "".join(f".roofline .p{n} path{{fill:var(--p{n});stroke:var(--p{n})}}" for n in range(len(_LIGHT)))
 )
 
 

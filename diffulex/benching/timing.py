@@ -58,11 +58,11 @@ def wall_clock(
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
-def median_seconds(function: Callable[[], object], *, device: torch.device, repeats: int = 7) -> float:
-    """Median seconds of a call that has run once before."""
+def call_seconds(function: Callable[[], object], *, device: torch.device, repeats: int = 7) -> list[float]:
+    """Seconds of each of several calls, after one that does not count."""
     once = _event_seconds if device.type == "cuda" else _clock_seconds
     function()
-    return statistics.median(once(function) for _ in range(repeats))
+    return [once(function) for _ in range(repeats)]
 
 
 def _event_seconds(function: Callable[[], object]) -> float:

@@ -42,8 +42,9 @@ def add_parser(commands: Any) -> None:
         help="time the expert stage of MoE layers against peers, and against what the device could do",
         description="Times the experts of one MoE layer, from ids and weights (or router logits) to the combined "
         "output, for each peer in turn. On CUDA by replays of CUDA graphs over rotated inputs, on a CPU by the wall "
-        "clock; medians, microseconds. Each peer's output is checked against a wider dtype before it is timed: exit "
-        "code 1 when one is wrong. The floor is the longer of arithmetic and bytes at rates measured in the same run.",
+        "clock, which other work disturbs; medians, microseconds. Each peer's output is checked against a wider dtype "
+        "before it is timed: exit code 1 when one is wrong. The floor is the longer of arithmetic and bytes at rates "
+        "measured in the same run.",
     )
     option = parser.add_argument
     option("--shapes", nargs="+", choices=[*SHAPES, *CPU_SHAPES], metavar="NAME",

@@ -53,20 +53,20 @@ def test_the_floor_is_the_longer_of_the_two():
     assert work.intensity == 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_rates_are_measured(dtype, monkeypatch):
-    seconds = iter([2.0, 4.0])
+@pytest.mark.parametrize(("dtype", "side"), [(torch.float32, 16), (torch.bfloat16, 8)])
+def test_both_rates_are_measured(dtype, side, monkeypatch):
+    seconds = iter([[5.0, 2.0, 3.0], [4.0, 9.0, 8.0]])
     products = []
 
-    def median_seconds(function, *, device):
+    def call_seconds(function, *, device):
         products.append(function())
         return next(seconds)
 
     monkeypatch.setattr(ceilings, "_SIDE", {"cpu": 16})
     monkeypatch.setattr(ceilings, "_READ_BYTES", {"cpu": 4096})
-    monkeypatch.setattr(ceilings, "median_seconds", median_seconds)
-    assert measure_ceilings(torch.device("cpu"), dtype) == Ceilings(2 * 16**3 / 2.0, 4096 / 4.0)
-    assert products[0].shape == (16, 16) and products[0].dtype == dtype and products[1].dim() == 0
+    monkeypatch.setattr(ceilings, "call_seconds", call_seconds)
+    assert measure_ceilings(torch.device("cpu"), dtype) == Ceilings(2 * side**3 / 2.0, 4096 / 4.0)
+    assert products[0].shape == (side, side) and products[0].dtype == dtype and products[1].dim() == 0
 
 
 def test_rates_are_told_in_units():
