@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 import diffulex
 import lowering.ops as ops
-from benchmarks.bench_experts import capture, experts_module, round_robin
 from benchmarks.bench_route_dispatch import ROUTERS, stock_route
-from benchmarks.shapes import SHAPES
+from diffulex.benching.layers import experts_module
+from diffulex.benching.shapes import SHAPES
+from diffulex.benching.timing import capture, round_robin
 from lowering.spec import RoutingSpec
 
 Outputs = tuple[Tensor, Tensor]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import diffulex
-from benchmarks.bench_experts import capture, round_robin
+from diffulex.benching.timing import capture, round_robin
 from diffulex.explanation import find_experts
 from tests.support.profile import gpu_kernels
 
@@ -119,7 +119,7 @@ def measure(model: Any, tokens: int) -> tuple[dict[str, float], dict[str, int], 
         with torch.no_grad(), diffulex.disabled() if variant == "stock" else torch.no_grad():
             compiled = torch.compile(forward, dynamic=False)
             logits[variant] = compiled(sets[0]).float()
-            graphs[variant] = capture(compiled, [(ids,) for ids in sets])  # type: ignore[misc]
+            graphs[variant] = capture(compiled, [(ids,) for ids in sets])
             counts[variant] = kernels(model, tokens)
     off = (logits["diffulex"] - logits["stock"]).norm() / logits["stock"].norm()
     return round_robin(graphs, len(sets)), counts, float(off)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import diffulex
 import lowering.ops as ops
-from benchmarks.bench_experts import capture, round_robin
-from benchmarks.shapes import SHAPES, TOKENS
+from diffulex.benching.shapes import SHAPES, TOKENS
+from diffulex.benching.timing import capture, round_robin
 from lowering.spec import RoutingSpec
 
 ROUTERS = {

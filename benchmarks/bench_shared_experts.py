@@ -21,8 +21,9 @@ from torch.nn import functional
 
 import diffulex  # noqa: F401  the lowerings
 import lowering.ops as ops
-from benchmarks.bench_experts import Inputs, capture, make_inputs, round_robin
-from benchmarks.shapes import SHAPES, Shape
+from diffulex.benching.inputs import make_inputs
+from diffulex.benching.shapes import SHAPES, Shape
+from diffulex.benching.timing import capture, round_robin
 from lowering.inductor import shared_lowerings
 
 _ACT = "silu(g) * u"
@@ -63,7 +64,7 @@ class Layer:
 def measure(shape: Shape, tokens: int) -> dict[str, float]:
     """Microseconds of each way at one token count."""
     layer = Layer(shape)
-    inputs: list[Inputs] = make_inputs(shape, tokens, sets=8 if tokens <= 8 else 2)
+    inputs = [one.of("topk") for one in make_inputs(shape, tokens, sets=8 if tokens <= 8 else 2)]
     functions: dict[str, tuple[Callable[..., Tensor], float]] = {"alone": (layer.alone, -1)}
     functions |= {name: (layer.both, most) for name, most in WAYS.items()}
     graphs, results = {}, {}

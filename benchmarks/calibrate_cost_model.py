@@ -18,8 +18,8 @@ import random
 import numpy as np
 import sympy
 
-from benchmarks.shapes import SHAPES
 from benchmarks.sweep_expert_gemm import gemm_shape, schedule_of
+from diffulex.benching.shapes import SHAPES
 from lowering.schedule import cost_model
 from lowering.schedule.device import H200
 from lowering.schedule.plan import candidates

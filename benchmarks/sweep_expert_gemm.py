@@ -18,7 +18,7 @@ import time
 
 import torch
 
-from benchmarks.shapes import SHAPES, TOKENS, Shape
+from diffulex.benching.shapes import SHAPES, TOKENS, Shape
 from lowering.schedule.cost_model import predict
 from lowering.schedule.device import DeviceSpec, device_spec
 from lowering.schedule.plan import candidates

@@ -113,6 +113,8 @@ class ReasonCode(enum.Enum):
     INTERFACE = "transformers' experts interface leads the model's experts to the ops"
     UNLIKE = "through the ops the module does not compute what its own code does"
     NO_CODE = "the graph is run as it is, without generated code"
+    ABSENT = "a package that it needs is not here"
+    MEMORY = "it would take more memory than there is for it"
     UNVERIFIED = "there is no output of the module's own code to compare with"
 
 

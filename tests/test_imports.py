@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FORBIDDEN = ("triton", "transformers.modeling_utils")
+FORBIDDEN = ("triton", "transformers.modeling_utils", "diffulex.benching")
 MAX_SECONDS = 2.0
 
 PROBE = """

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise MoERangeError.of(option, expected="at least 1", got=str(value), hint="Give a positive number.")
     if args.html is not None:
-        _check_writable(args.html)
+        check_writable("--html", args.html)
     report = _report(args)
     print(report.to_json() if args.json else report)
     if args.html is not None:
@@ -80,14 +80,14 @@ def _report(args: argparse.Namespace) -> Report:
         return explain_offline(model, **inputs) if absent else explain(model, measure=args.measure, **inputs)
 
 
-def _check_writable(file: Path) -> None:
-    """Raise `MoEOptionError` before anything is compiled for a page that cannot be written."""
+def check_writable(option: str, file: Path) -> None:
+    """Raise `MoEOptionError` before anything is computed for a file that cannot be written."""
     try:
         with file.open("a", encoding="utf-8"):
             pass
     except OSError as error:
         raise MoEOptionError.of(
-            "--html", expected="a file that can be written", got=f"{file} ({error.strerror})", hint="Name another one."
+            option, expected="a file that can be written", got=f"{file} ({error.strerror})", hint="Name another one."
         ) from error
 
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from lowering.errors import MoEErrorMixin
 
-from . import demo, env, explain, families
+from . import bench, demo, env, explain, families
 
-_COMMANDS = (demo, explain, families, env)
+_COMMANDS = (demo, explain, families, bench, env)
 
 
 def build_parser() -> argparse.ArgumentParser:

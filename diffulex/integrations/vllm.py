@@ -224,6 +224,22 @@ class VllmFusedExperts(_VllmExperts):
         if spec.bias:
             self._biased = vllm.take(f"{_FUSED_MOE}.config", "biased_moe_quant_config", "w1_bias", "w2_bias")
 
+    def within(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+        """As a call, with nothing converted and no map of experts: hidden [T, H] contiguous, weights [T, K] fp32, ids
+        [T, K] int32 that are all in [0, E); others would be read out of bounds.
+        """
+        _check(self.impl, hidden_TH, experts)
+        return self._call(
+            experts,
+            hidden_states=hidden_TH,
+            w1=experts.w13_EJH,
+            w2=experts.w2_EHI,
+            topk_weights=weights_TK,
+            topk_ids=ids_TK,
+            activation=self._activation,
+            apply_router_weight_on_input=False,
+        )
+
     def _call(self, experts: ExpertWeights, **arguments: Any) -> Tensor:
         quant = None if self._biased is None else self._biased(w1_bias=experts.b13_EJ, w2_bias=experts.b2_EH)
         return self._fused_experts(**arguments, quant_config=quant)
@@ -328,6 +344,23 @@ class VllmModularExperts(_VllmExperts):
             prepare_finalize=self._prepare(use_monolithic=False),
             fused_experts=self._experts(moe_config=config, quant_config=quant),
         )
+
+
+def vllm_fused_topk() -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+    """vLLM's router for softmax with renormalised weights, checked as the experts are.
+
+    It takes hidden [T, H] and logits [T, E] floating, and K; it returns weights [T, K] fp32 and ids [T, K] int32.
+    """
+    names = ("hidden_states", "gating_output", "topk", "renormalize")
+    fused_topk = _Vllm("vllm").take(_FUSED_MOE, "fused_topk", *names)
+
+    def routed(hidden_TH: Tensor, logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        weights_TK, ids_TK, *_ = fused_topk(
+            hidden_states=hidden_TH, gating_output=logits_TE, topk=top_k, renormalize=True
+        )
+        return weights_TK, ids_TK
+
+    return routed
 
 
 def vllm_experts(impl: str, spec: ExpertSpec) -> VllmFusedExperts | VllmModularExperts:

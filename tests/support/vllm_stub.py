@@ -24,6 +24,7 @@ VERSION = "0.33.0"
 _FUSED_MOE = "model_executor/layers/fused_moe"
 SOURCES = {
     "fused_experts": f"{_FUSED_MOE}/fused_moe.py",
+    "fused_topk": f"{_FUSED_MOE}/router/fused_topk_router.py",
     "biased_moe_quant_config": f"{_FUSED_MOE}/config.py",
     "FusedMoEConfig": f"{_FUSED_MOE}/config.py",
     "FusedMoEParallelConfig.make_no_parallel": f"{_FUSED_MOE}/config.py",
@@ -200,6 +201,13 @@ def fused_experts(
     )
 
 
+def fused_topk(hidden_states, gating_output, topk, renormalize, indices_type=None, scoring_func="softmax"):
+    assert hidden_states.size(0) == gating_output.size(0) and scoring_func == "softmax" and indices_type is None
+    weights, ids = gating_output.float().softmax(-1).topk(topk, dim=-1)
+    weights = weights / weights.sum(-1, keepdim=True) if renormalize else weights
+    return weights, ids.int(), ids.int()
+
+
 class TritonExperts:
     refusal: str | None = None
 
@@ -278,7 +286,7 @@ _MODULES: dict[str, dict[str, Any]] = {
     "vllm": {"__version__": VERSION},
     "vllm.model_executor": {},
     "vllm.model_executor.layers": {},
-    "vllm.model_executor.layers.fused_moe": {"fused_experts": fused_experts},
+    "vllm.model_executor.layers.fused_moe": {"fused_experts": fused_experts, "fused_topk": fused_topk},
     "vllm.model_executor.layers.fused_moe.activation": {"MoEActivation": MoEActivation},
     "vllm.model_executor.layers.fused_moe.config": {
         "FusedMoEConfig": FusedMoEConfig,
