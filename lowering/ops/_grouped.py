@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
 from torch import Tensor
+
+from ..state import is_batch_invariant
+from ._rows import rows_alone
 
 
 def grouped_mm_cpu(rows_NX: Tensor, weight_EYX: Tensor, bias_EY: Tensor | None, bounds: list[int]) -> Tensor:
@@ -17,13 +21,19 @@ def grouped_mm_cpu(rows_NX: Tensor, weight_EYX: Tensor, bias_EY: Tensor | None, 
     for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
         if start == end:
             continue
-        weight_XY = weight_EYX[expert].t()
-        if bias_EY is None:
-            torch.mm(rows_NX[start:end], weight_XY, out=out_NY[start:end])
+        weight_XY, bias_Y = weight_EYX[expert].t(), None if bias_EY is None else bias_EY[expert]
+        if is_batch_invariant():
+            out_NY[start:end] = rows_alone(functools.partial(_product, weight_XY, bias_Y), rows_NX[start:end])
         else:
-            torch.addmm(bias_EY[expert], rows_NX[start:end], weight_XY, out=out_NY[start:end])
+            _product(weight_XY, bias_Y, rows_NX[start:end], out=out_NY[start:end])
     out_NY[bounds[-1] :].zero_()
     return out_NY
+
+
+def _product(weight_XY: Tensor, bias_Y: Tensor | None, rows_NX: Tensor, out: Tensor | None = None) -> Tensor:
+    if bias_Y is None:
+        return torch.mm(rows_NX, weight_XY, out=out)
+    return torch.addmm(bias_Y, rows_NX, weight_XY, out=out)
 
 
 def expert_of_rows(offsets_E1: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

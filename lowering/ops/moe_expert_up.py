@@ -13,6 +13,7 @@ from ..errors import MoERangeError
 from ._grouped import gathered_bmm, grouped_mm_cpu
 from ._launch import launcher
 from ._library import register
+from ._rows import rows_alone
 
 _NAME = "diffulex::moe_expert_up"
 
@@ -52,15 +53,11 @@ def _gather(hidden_TH: Tensor, order_N: Tensor, top_k: int) -> Tensor:
     return hidden_TH.index_select(0, order_N if top_k == 1 else torch.div(order_N, top_k, rounding_mode="floor"))
 
 
-def _activate(pre_NJ: Tensor, act: str, interleaved: bool, valid: int | Tensor) -> Tensor:
-    """Activation in at least fp32, cast back; rows that belong to no expert stay zero."""
+def _activate(pre_NJ: Tensor, act: str, interleaved: bool) -> Tensor:
+    """Activation in at least fp32, cast back."""
     wide_NJ = pre_NJ if pre_NJ.dtype == torch.float64 else pre_NJ.float()
     # contiguous: the formula "u" is a strided view of the pre-activation
-    out_NI = evaluate(act, *split_gate(wide_NJ, act, interleaved=interleaved)).to(pre_NJ.dtype).contiguous()
-    if isinstance(valid, int):
-        out_NI[valid:].zero_()
-        return out_NI
-    return torch.where(valid.unsqueeze(1), out_NI, 0.0)
+    return evaluate(act, *split_gate(wide_NJ, act, interleaved=interleaved)).to(pre_NJ.dtype).contiguous()
 
 
 def _cpu(
@@ -76,7 +73,11 @@ def _cpu(
     _validate(hidden_TH, w13_EJH, b13_EJ, order_N, offsets_E1, top_k, act)
     bounds = offsets_E1.tolist()
     pre_NJ = grouped_mm_cpu(_gather(hidden_TH, order_N, top_k), w13_EJH, b13_EJ, bounds)
-    return pre_NJ if act == IDENTITY else _activate(pre_NJ, act, interleaved, bounds[-1])
+    if act == IDENTITY:
+        return pre_NJ
+    act_NI = rows_alone(lambda pre_NJ: _activate(pre_NJ, act, interleaved), pre_NJ)
+    act_NI[bounds[-1] :].zero_()  # these rows belong to no expert
+    return act_NI
 
 
 def _cuda(
@@ -95,7 +96,7 @@ def _cuda(
         if act == IDENTITY:
             return pre_NJ
         rows_N = torch.arange(pre_NJ.shape[0], device=pre_NJ.device)
-        return _activate(pre_NJ, act, interleaved, rows_N < offsets_E1[-1])
+        return torch.where((rows_N < offsets_E1[-1]).unsqueeze(1), _activate(pre_NJ, act, interleaved), 0.0)
     return launcher().moe_expert_up(hidden_TH, w13_EJH, b13_EJ, order_N, offsets_E1, act=act, interleaved=interleaved)
 
 
