@@ -15,6 +15,7 @@ import torch
 from .. import ops  # noqa: F401  the ops have to exist
 from ..activation import IDENTITY, canonical, intermediate_size
 from ..errors import Reason, ReasonCode
+from ..graph.uncovered import note_uncovered
 from ..report import OWN_KERNEL, Cost, layer_of, record
 from ..schedule.cost_model import cost, predict
 from ..schedule.device import DeviceSpec, device_spec
@@ -51,7 +52,11 @@ def note(op: str, outcome: str, *, reason: Reason | None = None, cost: Cost | No
 
 def fallback_noted(op: Any, reason: Reason, *args: Any) -> Any:
     """The op's own kernel, recorded with the reason."""
-    note(op._schema.name.removeprefix("diffulex::"), OWN_KERNEL, reason=reason)
+    name = op._schema.name.removeprefix("diffulex::")
+    note(name, OWN_KERNEL, reason=reason)
+    if reason.code is ReasonCode.DTYPE:  # what runs on a CUDA device then is made of a library's kernels
+        node = _compat.current_fx_node()
+        note_uncovered(name, reason, layer=layer_of(node) if node is not None else "")
     return _compat.fallback(op, *args)
 
 

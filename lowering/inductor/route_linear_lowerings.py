@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import ops  # noqa: F401  the ops have to exist
 from ..errors import Reason, ReasonCode
 from ..graph.dataflow import arguments, has_shape, is_output, origin, outputs, tensor_of
+from ..graph.uncovered import note_uncovered
 from ..ops.moe_route import Constants, moe_route, route_columns, route_constants, split_options, triton_dtype
 from ..ops.moe_route_linear import RouteLinearSchedule, route_linear_schedule
 from ..report import layer_of, record
@@ -154,6 +155,7 @@ def _moe_route_linear(
     reason = _refusal(hidden, tokens)
     if reason is not None:
         record("plan", "route_linear", layer=layer_of(node), outcome="a product beside the router", reason=reason)
+        note_uncovered("the router's product", reason, layer=layer_of(node))
         return _apart(node, product_dtype, logits_dtype, options=options)
     constants = route_constants(
         spec,

@@ -17,6 +17,7 @@ from .. import ops  # noqa: F401  the ops have to exist
 from ..activation import canonical, intermediate_size
 from ..errors import Reason, ReasonCode
 from ..graph.dataflow import arguments
+from ..graph.uncovered import note_uncovered
 from ..ops.moe_expert_up_shared import shared_expert_up
 from ..report import layer_of, record
 from ..schedule.schedule import Schedule
@@ -75,6 +76,7 @@ def _note_beside(stage: str, reason: Reason) -> None:
     node = _compat.current_fx_node()
     layer = layer_of(node) if node is not None else ""
     record("plan", "shared_expert", layer=layer, outcome=f"{stage} products beside the experts", reason=reason)
+    note_uncovered(f"the shared expert's {stage} products", reason, layer=layer)
 
 
 def _beside(function: Callable[..., Any], *names: str) -> Any:
