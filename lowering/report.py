@@ -28,7 +28,7 @@ class Cost:
     """What the cost model says of one launch: `bytes` that have to be moved and `flop`, the microseconds that the
     longer of the two takes on `device` by its nominal rates, and those that the launch is predicted to take.
 
-    `usual_us`: those of the schedule that the rows would have if results could depend on the batch; None where they may.
+    `usual_us`: those of the schedule that the rows would have if results could depend on the batch; else None.
     """
 
     device: str

@@ -31,7 +31,11 @@ def library_products(graph: Graph) -> Iterator[Node]:
     blocks = {_block_of(layer_of(node)) for node in graph.nodes if is_op(node, *UP_OPS)} - {None}
     routers = {source_of_logits(route) for route in graph.find_nodes(op="call_function", target=moe_route)}
     for node in graph.nodes:
-        if node not in routers and is_op(node, *_PRODUCTS) and any(_is_inside(layer_of(node), block) for block in blocks):
+        if (
+            node not in routers
+            and is_op(node, *_PRODUCTS)
+            and any(_is_inside(layer_of(node), block) for block in blocks)
+        ):
             yield node
 
 

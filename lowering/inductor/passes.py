@@ -17,8 +17,8 @@ from .identity import identity
 class MoEPasses(CustomGraphPass):
     """The pass in `joint_custom_pre_pass`: runs what was there before, then ours.
 
-    Its `uuid` hashes every file of `lowering` and tells where the switches stand, so Inductor's caches never return code
-    of another version, or of the other side of a switch.
+    Its `uuid` hashes every file of `lowering` and tells where the switches stand, so Inductor's caches never return
+    code of another version, or of the other side of a switch.
     """
 
     def __init__(self, previous: Any = None) -> None:

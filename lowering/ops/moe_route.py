@@ -20,8 +20,8 @@ from ..spec import GROUP_SCORES, OP_OPTIONS, SCORES, RoutingSpec
 from ..state import is_batch_invariant
 from ._library import register
 from ._route_aten import Routing, rounding, route, wide_dtype
-from ._rows import rows_alone
 from ._route_backward import backward, setup_context
+from ._rows import rows_alone
 
 _NAME = "diffulex::moe_route"
 _NUM_OPTIONS = len(OP_OPTIONS)

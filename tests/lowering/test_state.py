@@ -95,7 +95,9 @@ def test_blocks_of_two_threads_that_overlap(switch):
     ],
 )
 def test_the_environment_decides_how_the_process_starts(variable, value, standing):
-    code = "from lowering.state import *\nprint(switches())\nwith disabled(), batch_invariant(): pass\nprint(switches())"
+    code = (
+        "from lowering.state import *\nprint(switches())\nwith disabled(), batch_invariant(): pass\nprint(switches())"
+    )
     environment = {variable: value, "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [standing, standing]

@@ -67,9 +67,9 @@ class Interpreter:
         """Run a generated wrapper as Inductor would, kernels interpreted and library calls on the CPU.
 
         code: what `offline_source(target, ...)` returned; target and args are the real ones, on the CPU, and may have
-        other sizes where the code is dynamic. in_order: `tl.dot` adds up products one after the other, so that a row of
-        a tile does not depend on its place, as on tensor cores; a library may do otherwise. Returns the flat list of the
-        graph's outputs.
+        other sizes where the code is dynamic. in_order: `tl.dot` adds up products one after the other, so that a row
+        does not depend on its place in a tile, as on tensor cores; a library may do otherwise. Returns the flat list of
+        the graph's outputs.
         """
         where = {"target": target, "args": args, "kwargs": kwargs or {}}
         inputs = [eval(expression, {}, where) for expression in code.inputs]

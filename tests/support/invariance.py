@@ -1,4 +1,4 @@
-"""MoE blocks from hidden states and a router's weight, as functions, for tests of results that do not depend on a batch."""
+"""MoE blocks from hidden states and a router's weight, for tests of results that do not depend on the batch."""
 
 from __future__ import annotations
 

@@ -48,9 +48,10 @@ def texts(code):
     return found
 
 
-def layer_texts(name, tokens, **how):
+def layer_texts(name, tokens, *, small=False, **how):
     layer = Layer(name)
-    return texts(generated(layer, layer.inputs(tokens, device="meta"), **how)[0])
+    sizes = layer.small if small else None
+    return texts(generated(layer, layer.inputs(tokens, sizes=sizes, device="meta"), **how)[0])
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -59,6 +60,13 @@ def test_one_text_for_every_number_of_tokens(name):
     assert len(wanted) == 2 * 4, "part and sum of the router, up, down"
     for tokens in TOKENS:
         assert layer_texts(name, tokens) == wanted, f"{tokens} tokens"
+
+
+def test_few_slots_are_not_sorted_by_the_first_gemm():
+    """With a schedule that could: its text would be another one."""
+    wanted = layer_texts("qwen3", 9, small=True, dynamic=True)
+    assert not any("w_desc" in text for text in wanted)
+    assert layer_texts("qwen3", 1, small=True) == layer_texts("qwen3", 8, small=True) == wanted
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -110,7 +118,7 @@ def test_one_graph_for_every_number_of_tokens():
 
 
 def test_any_number_of_tokens_beyond_the_default_bound():
-    """The router's product stays its own kernels where it would be the library's, and a shared expert in the experts'."""
+    """The router's product keeps kernels of its own, and a shared expert stays in the experts'."""
     layer = Layer("deepseek")
     code, decisions = generated(layer, layer.inputs(4096, device="meta"))
     assert code.extern_calls == ()

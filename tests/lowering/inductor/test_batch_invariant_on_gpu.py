@@ -1,4 +1,4 @@
-"""On a real GPU: what a block computes for a token is bitwise the same for every number of tokens, in both kinds of code."""
+"""On a real GPU: what a block computes for a token is bitwise the same for every number of tokens."""
 
 import contextlib
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+import diffulex  # noqa: F401  what it does at import
 from lowering.inductor import identity
 from lowering.state import batch_invariant, disabled
 
@@ -85,6 +86,15 @@ def test_each_side_of_each_switch_has_an_identity_of_its_own():
             seen.append(identity.identity())
     assert len(set(seen)) == 4
     assert identity.identity() == seen[0]
+
+
+def test_moving_a_switch_moves_the_tag():
+    """In a process where `import diffulex` has put it there."""
+    before = torch.compiler.config.cache_key_tag
+    assert identity.identity() in before
+    with batch_invariant():
+        assert identity.identity() in torch.compiler.config.cache_key_tag != before
+    assert torch.compiler.config.cache_key_tag == before
 
 
 @pytest.mark.parametrize("tag", ["", "mine"])
