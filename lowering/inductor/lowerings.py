@@ -29,6 +29,7 @@ from .gemm_plan import KERNEL_DTYPES, gemm_shape, pointers_reason, schedule_of, 
 from .unsorted_slots import take_unsorted
 
 _OPS = torch.ops.diffulex
+_SHARED_ACCUMULATORS = 64  # with 128, gated GEMMs spill
 
 
 def refusal(node: Any, dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) -> Reason | None:
@@ -126,13 +127,14 @@ def _weight_shape(weight: Any, act: str) -> tuple[tuple[int, ...], tuple[int, ..
     return sizes, strides, gemm_shape(sizes, strides, act=act, element_size=weight.get_dtype().itemsize)
 
 
-def gemm_schedule(weight: Any, rows: Any, *, act: str, descriptors: bool = True) -> tuple[Schedule, int | None]:
+def gemm_schedule(weight: Any, rows: Any, *, act: str, with_shared: bool = False) -> tuple[Schedule, int | None]:
     """The schedule of an expert GEMM over `rows` rows of weights [E, J, H], and the most rows its graph is for.
 
-    Without `descriptors`, none is planned to read the weights.
+    with_shared: one that can take a shared expert's tiles along, by pointers, whose choice costs registers.
     """
     _, _, shape = _weight_shape(weight, act)
-    shape = shape if descriptors else dataclasses.replace(shape, descriptors=False)
+    if with_shared:
+        shape = dataclasses.replace(shape, descriptors=False, accumulators=_SHARED_ACCUMULATORS)
     return schedule_of(rows, shape, device=weight.get_device())
 
 

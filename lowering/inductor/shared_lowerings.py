@@ -67,7 +67,7 @@ def _tiles(
     reason = reason or _layout_refusal(routed, shared)
     if reason is not None:
         return reason, None, None
-    schedule, max_rows = gemm_schedule(routed[1], rows, act=variant.act, descriptors=not is_batch_invariant())
+    schedule, max_rows = gemm_schedule(routed[1], rows, act=variant.act, with_shared=is_batch_invariant())
     reason = _size_refusal(schedule, max_rows, top_k)
     return reason, schedule, SharedTiles(shared[0], shared[1:], top_k)
 

@@ -22,7 +22,7 @@ def candidates(shape: GemmShape, device: DeviceSpec) -> list[Schedule]:
         schedule
         for schedule in (*_pointer_schedules(), *_descriptor_schedules(shape, device))
         if schedule.shared_memory(gated=shape.gated, element_size=shape.element_size) <= device.shared_memory - 2048
-        and 4 <= schedule.accumulators_per_thread(gated=shape.gated) <= 128
+        and 4 <= schedule.accumulators_per_thread(gated=shape.gated) <= shape.accumulators
     ]
 
 

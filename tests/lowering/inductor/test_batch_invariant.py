@@ -1,6 +1,7 @@
 """What a block computes for a token, whatever the batch: one text of its kernels, one graph, the same bits."""
 
 import contextlib
+import dataclasses
 import re
 
 import pytest
@@ -11,7 +12,7 @@ import diffulex  # noqa: F401  the passes, and the guards on the switch
 from lowering.errors import ReasonCode
 from lowering.inductor import offline
 from lowering.inductor.fake_device import fake_h100
-from lowering.inductor.offline import offline_source
+from lowering.inductor.offline import compile_kernels, offline_source
 from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
 from lowering.state import batch_invariant
@@ -125,6 +126,16 @@ def test_any_number_of_tokens_beyond_the_default_bound():
     assert not [d for d in decisions if d.subject == "batch_invariance"]
 
 
+@pytest.mark.parametrize("name", ["qwen3", "deepseek"])
+def test_no_expert_kernel_spills(name):
+    """A shared expert among the tiles costs registers, and these are more than it has where tokens are few."""
+    layer = Layer(name)
+    code, _ = generated(layer, layer.inputs(9, device="meta"), dynamic=True)
+    ours = tuple(kernel for kernel in code.kernels if "moe_expert" in kernel.name)
+    facts = compile_kernels(dataclasses.replace(code, kernels=ours))
+    assert len(facts) == 2 and all(kernel.spill_bytes == 0 for kernel in facts), facts
+
+
 def test_what_kernels_of_its_own_cannot_do_is_told():
     layer = Layer("deepseek")
     tensors = layer.inputs(4, device="meta")
@@ -195,6 +206,19 @@ def experts(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI):
     order_N, _, offsets_E1 = ops.moe_dispatch(ids_TK, w13_EJH.shape[0])
     act_NI = ops.moe_expert_up(hidden_TH, w13_EJH, None, order_N, offsets_E1, ids_TK.shape[1], "swiglu")
     return ops.moe_combine(ops.moe_expert_down(act_NI, w2_EHI, None, order_N, offsets_E1), weights_TK)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_what_is_fused_behind_the_sum_reads_it_rounded(on):
+    """Else a residual behind it would read other bits where it is fused, and fusion may depend on sizes."""
+
+    def residual(*tensors):
+        return tensors[0] + experts(*tensors)
+
+    sizes = [(8, 64), (8, 2), (8, 2), (4, 64, 64), (4, 64, 32)]
+    hidden_TH, ids_TK, weights_TK, *weights = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in sizes)
+    code, _ = generated(residual, [hidden_TH, ids_TK.int(), weights_TK.float(), *weights], on=on)
+    assert (".to(tl.bfloat16)" in code.kernel("moe_combine").function) == on
 
 
 @pytest.mark.parametrize("on", [True, False])
