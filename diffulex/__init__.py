@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowering.inductor.install import install as _install_compiler
 from lowering.report import Decision
-from lowering.state import disabled, is_enabled
+from lowering.state import batch_invariant, disabled, is_batch_invariant, is_enabled
 
 from .explanation import LayerReport, Report, explain
 from .integrations.transformers import install as _install_transformers
@@ -24,8 +24,10 @@ __all__ = [
     "Report",
     "__version__",
     "adapt",
+    "batch_invariant",
     "disabled",
     "explain",
+    "is_batch_invariant",
     "is_enabled",
 ]
 

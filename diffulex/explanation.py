@@ -14,15 +14,17 @@ from lowering.errors import Reason, ReasonCode
 from lowering.inductor.fresh import fresh_backend, fresh_caller
 from lowering.inductor.output_code import collect_output_code
 from lowering.report import Cost, Decision, collect, microseconds
-from lowering.state import is_enabled
+from lowering.state import is_batch_invariant, is_enabled
 
 from .explaining.kernels import named
 from .integrations.transformers import DEVICES
 
 _GEMM_OPS = frozenset({"moe_expert_up", "moe_expert_down"})
 _LAYER_SUBJECTS = _GEMM_OPS | {"spine_pass"}
-# these work on the router, which is another child of the block that holds the experts
-_ROUTER_SUBJECTS = frozenset({"moe_route", "router_linear_pass", "route_linear_pass", "route_linear"})
+# these work on the router, or on what else is another child of the block that holds the experts
+_ROUTER_SUBJECTS = frozenset(
+    {"moe_route", "router_linear_pass", "route_linear_pass", "route_linear", "batch_invariance"}
+)
 _NO_LIMIT = 1 << 20  # frames behind graph breaks keep what earlier reports compiled of them
 INFERENCE, TRAINING = "inference (no_grad)", "training"
 
@@ -31,7 +33,8 @@ INFERENCE, TRAINING = "inference (no_grad)", "training"
 class LayerReport:
     """One MoE layer. `captured`: its experts run through the ops; `form`: sizes and activation of its region;
     `kernels`: one line per stage that was lowered, more where graphs or directions differ; `shared_expert`: what became
-    of a dense MLP beside the experts, empty where there is none; `lowered`: the decisions behind `kernels`.
+    of a dense MLP beside the experts, empty where there is none; `lowered`: the decisions behind `kernels`;
+    `invariance`: inside `batch_invariant()` whether all that is known of the layer is covered, or what is not.
     """
 
     name: str
@@ -43,6 +46,7 @@ class LayerReport:
     activation: str
     reason: str | None = None
     shared_expert: str = ""
+    invariance: str = ""
     lowered: tuple[Decision, ...] = dataclasses.field(default=(), repr=False)
 
     @property
@@ -68,7 +72,9 @@ class LayerReport:
         sums = {
             name: sum(getattr(cost, name) for cost in known) for name in ("bytes", "flop", "floor_us", "predicted_us")
         }
-        return Cost(known[0].device, max(cost.rows for cost in known), **sums)
+        usual = [cost.usual_us for cost in known if cost.usual_us is not None]
+        usual_us = sum(usual) if len(usual) == len(known) else None
+        return Cost(known[0].device, max(cost.rows for cost in known), **sums, usual_us=usual_us)
 
     @property
     def measured_us(self) -> float | None:
@@ -144,6 +150,7 @@ class Report:
                     f"  activation  {layer.activation}",
                 ]
                 lines += [f"  shared      {layer.shared_expert}"] if layer.shared_expert else []
+                lines += [f"  invariance  {layer.invariance}"] if layer.invariance else []
                 lines += [f"  times       {layer.times}"] if layer.times else []
                 lines += [f"  {kernel}" for kernel in layer.kernels]
                 lines += [f"  generated   {name}" for name in layer.generated]
@@ -301,9 +308,17 @@ def _layer(name: str, module: nn.Module | None, decisions: list[Decision]) -> La
         router=_outcomes(decisions, "route_pass"),
         activation=_outcomes(decisions, "activation_pass"),
         shared_expert=_outcomes(decisions, "shared_expert_pass", "shared_expert", default=""),
+        invariance=_invariance(decisions),
         reason=None if captured else str(_why_not(module, decisions)),
         lowered=tuple(lowered),
     )
+
+
+def _invariance(decisions: list[Decision]) -> str:
+    if not is_batch_invariant():
+        return ""
+    told = _outcomes(decisions, "batch_invariance", default="")
+    return f"but for: {told}" if told else "what is computed for a token does not depend on the batch"
 
 
 def _outcomes(decisions: list[Decision], *subjects: str, default: str = "not looked at") -> str:

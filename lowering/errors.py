@@ -106,6 +106,7 @@ class ReasonCode(enum.Enum):
     ALIGNMENT = "addresses or strides are not multiples of what the kernel needs"
     WRAPPER = "what launches the kernels does not give this one what it needs"
     SCHEDULE = "another way is faster at this size"
+    LIBRARY = "it is a library's product, which may sum a row otherwise among other rows"
     SHARED_USE = "an intermediate is also used elsewhere"
     NOT_POINTWISE = "the activation is not a pointwise formula of gate and up"
     EAGER_EXPERTS = "the model runs its own expert loop (experts_implementation='eager')"

@@ -27,6 +27,8 @@ def microseconds(value: float) -> str:
 class Cost:
     """What the cost model says of one launch: `bytes` that have to be moved and `flop`, the microseconds that the
     longer of the two takes on `device` by its nominal rates, and those that the launch is predicted to take.
+
+    `usual_us`: those of the schedule that the rows would have if results could depend on the batch; else None.
     """
 
     device: str
@@ -35,10 +37,14 @@ class Cost:
     flop: float
     floor_us: float
     predicted_us: float
+    usual_us: float | None = None
 
     def __str__(self) -> str:
         floor = f"floor {microseconds(self.floor_us)} ({self.floor_us / self.predicted_us:.0%})"
-        return f"predicted {microseconds(self.predicted_us)} at {self.rows} rows, {floor}"
+        told = f"predicted {microseconds(self.predicted_us)} at {self.rows} rows, {floor}"
+        if self.usual_us is None:
+            return told
+        return f"{told}, {microseconds(self.usual_us)} by the schedule for these rows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +141,7 @@ def _fields(decision: Decision) -> dict[str, Any]:
     if decision.reason is not None:
         fields["reason"] = {"code": decision.reason.code.name, "detail": decision.reason.detail}
     if decision.cost is not None:
-        fields["cost"] = dataclasses.asdict(decision.cost)
+        fields["cost"] = {name: value for name, value in dataclasses.asdict(decision.cost).items() if value is not None}
     return fields
 
 

@@ -1,7 +1,8 @@
 """The environment variables of diffulex and lowering, at most five, all read here and once, at import.
 
-DIFFULEX_DISABLE=1   start switched off, as inside `diffulex.disabled()`.
-DIFFULEX_DEBUG=1     check the metadata of MoE layers (`diffulex.moe.metadata`) whenever it is made.
+DIFFULEX_DISABLE=1           start switched off, as inside `diffulex.disabled()`.
+DIFFULEX_BATCH_INVARIANT=1   start as inside `diffulex.batch_invariant()`.
+DIFFULEX_DEBUG=1             check the metadata of MoE layers (`diffulex.moe.metadata`) whenever it is made.
 """
 
 from __future__ import annotations
@@ -20,17 +21,23 @@ _FLAGS = {"": False, "0": False, "1": True}
 class Settings:
     """What the environment asked for when the process started.
 
-    disable  start switched off (DIFFULEX_DISABLE)
-    debug    check metadata where it is made (DIFFULEX_DEBUG)
+    disable          start switched off (DIFFULEX_DISABLE)
+    debug            check metadata where it is made (DIFFULEX_DEBUG)
+    batch_invariant  start with results that do not depend on the batch (DIFFULEX_BATCH_INVARIANT)
     """
 
     disable: bool = False
     debug: bool = False
+    batch_invariant: bool = False
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
     """Read the variables from `environ`; a value without a meaning raises `MoEOptionError` instead of being ignored."""
-    return Settings(disable=_flag(environ, "DIFFULEX_DISABLE"), debug=_flag(environ, "DIFFULEX_DEBUG"))
+    return Settings(
+        disable=_flag(environ, "DIFFULEX_DISABLE"),
+        debug=_flag(environ, "DIFFULEX_DEBUG"),
+        batch_invariant=_flag(environ, "DIFFULEX_BATCH_INVARIANT"),
+    )
 
 
 def _flag(environ: Mapping[str, str], name: str) -> bool:

@@ -41,6 +41,21 @@ def test_the_stock_model_is_compiled_without_diffulex(monkeypatch):
     assert seen == [False, True]
 
 
+def test_the_model_is_compiled_for_each_mode():
+    seen = []
+
+    def backend(graph, _inputs):
+        seen.append(diffulex.is_batch_invariant())
+        return graph.forward
+
+    given = {"diffulex": diffulex, "model": torch.compile(torch.nn.Linear(2, 2), backend=backend)}
+    given["inputs"] = (torch.ones(1, 2),)
+    for _ in range(2):
+        exec(example("diffulex.batch_invariant()"), given)
+        given["model"](*given["inputs"])
+    assert seen == [True, False]
+
+
 @pytest.fixture
 def one_rank(tmp_path):
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)

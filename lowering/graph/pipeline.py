@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from torch.fx import Graph, Node
 
+from ..errors import Reason, ReasonCode
 from ..report import layer_of, logger, record
 from .activation_pass import ActivationRecord, activation_pass
 from .bystander_pass import bystander_pass
@@ -16,6 +17,7 @@ from .route_pass import RouteRecord, route_pass
 from .router_linear_pass import RouterLinearRecord, router_linear_pass
 from .shared_expert_pass import SharedExpertRecord, shared_expert_pass
 from .spine_pass import SpineRecord, spine_pass
+from .uncovered import library_products, note_uncovered
 
 
 def _note_spine(found: SpineRecord) -> None:
@@ -26,6 +28,8 @@ def _note_spine(found: SpineRecord) -> None:
 def _note_route(found: RouteRecord) -> None:
     outcome = "stays aten" if found.reason else f"moe_route {found.spec}"
     record("recognise", "route_pass", layer=found.module, outcome=outcome, reason=found.reason)
+    if found.reason is not None:
+        note_uncovered("the routing", found.reason, layer=found.module)
 
 
 def _note_router_linear(found: RouterLinearRecord) -> None:
@@ -46,6 +50,8 @@ def _note_shared_expert(found: SharedExpertRecord) -> None:
 def _note_route_linear(found: RouteLinearRecord) -> None:
     outcome = "a product of its own" if found.reason else "with the router"
     record("recognise", "route_linear_pass", layer=layer_of(found.route), outcome=outcome, reason=found.reason)
+    if found.reason is not None:
+        note_uncovered("the router's product", found.reason, layer=layer_of(found.route))
 
 
 _PASSES = {
@@ -79,6 +85,9 @@ def run_passes(graph: Graph, *, skip: Collection[str] = ()) -> Graph:
         function(graph)
         logger.debug("%s took %.1f ms", name, (time.perf_counter() - start) * 1e3)
     graph.lint()
+    for product in library_products(graph):
+        what, reason = f"{product.target} in {layer_of(product) or 'the graph'}", Reason(ReasonCode.LIBRARY)
+        note_uncovered(what, reason, layer=layer_of(product))
     for region in find_regions(graph):
         record("recognise", "region", layer=region.layer, outcome=str(region))
     return graph

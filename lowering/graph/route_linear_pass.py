@@ -80,12 +80,8 @@ class _Router:
         self.route = route
         self.backward = backward
         self.given = arguments(route)
-        self.between: list[Node] = []  # views and casts, from the route to the product
-        product = self.given["logits"]
-        while (behind := _behind(product)) is not product:
-            self.between.append(product)
-            product = behind
-        self.product: Any = product
+        # views and casts, from the route to the product
+        *self.between, self.product = _back_to_source(self.given["logits"])
         self.has_readers = False  # of the logits, besides the router
 
     def check(self, nodes: list[Node]) -> None:
@@ -158,6 +154,18 @@ class _Router:
             graph.erase_node(self.product)
             self.has_readers = True
         return new
+
+
+def source_of_logits(route: Node) -> Any:
+    """What a `moe_route` reads, behind views and widening casts: the router's product, if there is one."""
+    return _back_to_source(arguments(route)["logits"])[-1]
+
+
+def _back_to_source(node: Any) -> list[Any]:
+    path = [node]
+    while (behind := _behind(path[-1])) is not path[-1]:
+        path.append(behind)
+    return path
 
 
 def _behind(node: Any) -> Any:

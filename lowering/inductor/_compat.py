@@ -19,6 +19,7 @@ from torch._inductor.lowering import (
     empty_strided,
     fallback_handler,
     lowerings,
+    make_pointwise,
     process_subgraph_nodes,
     register_lowering,
 )
@@ -29,7 +30,7 @@ from torch._inductor.select_algorithm import (
     autotune_select_algorithm,
     realize_inputs,
 )
-from torch._inductor.virtualized import V
+from torch._inductor.virtualized import V, ops
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
 from torch.utils._ordered_set import OrderedSet
@@ -60,6 +61,7 @@ __all__ = [
     "may_guard",
     "realize_inputs",
     "register_lowering",
+    "rounded",
     "run_template",
     "size_hint",
     "static_size",
@@ -100,6 +102,15 @@ def known_stride(stride: Any, multiple: int) -> int | None:
     if known is None and V.graph.sizevars.statically_known_multiple_of(stride, multiple):
         return multiple
     return known
+
+
+def rounded(node: Any, dtype: torch.dtype) -> Any:
+    """An fp32 IR node cast to `dtype`, and rounded to it for what is fused behind, too, which is computed in fp32."""
+
+    def narrow(value: Any) -> Any:
+        return ops.to_dtype(ops.to_dtype(value, dtype, use_compute_types=False), dtype)
+
+    return make_pointwise(narrow, override_return_dtype=dtype)(node)
 
 
 def freeze_layout(node: Any) -> None:

@@ -1,6 +1,9 @@
 """Which schedule an expert GEMM of a graph gets: all GEMMs that share a routing are planned together.
 
 They share one set of row ranges, so a model recompiles at most once per range and not once per GEMM and bound.
+
+Where results may not depend on the batch there is one range, and so one schedule for each GEMM: the order in which a
+row is summed follows from its tiles. What a GEMM gets then depends on its own shape alone, and no guard is needed.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from ..graph.dataflow import arguments, is_op
 from ..ops import DOWN_OPS, UP_OPS
 from ..report import layer_of, record
 from ..schedule.device import DeviceSpec, device_spec
-from ..schedule.plan import exact_schedule, plan
+from ..schedule.plan import MAX_RANGES, exact_schedule, plan, schedule_for
 from ..schedule.schedule import GemmShape, RowRange, Schedule, tma_refusal
+from ..state import is_batch_invariant
 from . import _compat
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of what generated kernels multiply
@@ -49,6 +53,10 @@ def _siblings(offsets: torch.fx.Node) -> tuple[GemmShape, ...]:
     return tuple(dict.fromkeys(shape for shape in shapes if shape is not None))
 
 
+def _ranges(shapes: tuple[GemmShape, ...], device: DeviceSpec) -> tuple[RowRange, ...]:
+    return plan(shapes, device, max_ranges=1 if is_batch_invariant() else MAX_RANGES)
+
+
 def row_range(rows: Any, shapes: tuple[GemmShape, ...], *, device: DeviceSpec) -> RowRange:
     """The range that holds `rows`, of its own where they are an int; a symbolic expression is guarded on.
 
@@ -56,9 +64,11 @@ def row_range(rows: Any, shapes: tuple[GemmShape, ...], *, device: DeviceSpec) -
     are taken for any number of rows.
     """
     known = _compat.known_size(rows)
+    if is_batch_invariant():
+        return dataclasses.replace(*_ranges(shapes, device), max_rows=known)
     if known is not None:
         return RowRange(known, tuple(exact_schedule(known, shape, device=device) for shape in shapes))
-    ranges, guarded = plan(shapes, device), _compat.may_guard(rows)
+    ranges, guarded = _ranges(shapes, device), _compat.may_guard(rows)
     within = _compat.guard_less_equal if guarded else _compat.known_less_equal
     for candidate in ranges:
         if candidate.max_rows is not None and within(rows, candidate.max_rows):
@@ -84,13 +94,12 @@ def pointers_reason(rows: Any, shape: GemmShape, *, refused: Reason | None, devi
         return None
     shapes, spec = _planned_with(shape, _compat.current_fx_node()), device_spec(device.index or 0)
     could = tuple(dataclasses.replace(other, descriptors=True) for other in shapes)
-    known = _compat.known_size(rows)
-    if known is not None:
-        wanted = exact_schedule(known, could[shapes.index(shape)], device=spec)
+    if _compat.known_size(rows) is not None:
+        wanted = row_range(rows, could, device=spec)
     else:  # at the most rows that this graph is for: no further guard
         most = row_range(rows, shapes, device=spec).max_rows if _compat.may_guard(rows) else _compat.size_hint(rows)
-        wanted = _range_up_to(most, plan(could, spec)).schedules[shapes.index(shape)]
-    return refused if wanted.loop.tma else None
+        wanted = _range_up_to(most, _ranges(could, spec))
+    return refused if wanted.schedules[shapes.index(shape)].loop.tma else None
 
 
 def schedule_of(rows: Any, shape: GemmShape, *, device: torch.device) -> tuple[Schedule, int | None]:
@@ -98,12 +107,25 @@ def schedule_of(rows: Any, shape: GemmShape, *, device: torch.device) -> tuple[S
     node = _compat.current_fx_node()
     shapes, spec = _planned_with(shape, node), device_spec(device.index or 0)
     chosen = row_range(rows, shapes, device=spec)
-    if _compat.known_size(rows) is None:
-        outcome = "; ".join(map(str, plan(shapes, spec)))
+    if is_batch_invariant():
+        outcome = f"any number of rows: {' and '.join(map(str, chosen.schedules))}"
+    elif _compat.known_size(rows) is None:
+        outcome = "; ".join(map(str, _ranges(shapes, spec)))
     else:
         outcome = f"{rows} rows: {' and '.join(map(str, chosen.schedules))}"
     record("plan", "row_ranges", layer=layer_of(node) if node is not None else "", outcome=outcome)
     return chosen.schedules[shapes.index(shape)], chosen.max_rows
+
+
+def usual_schedule(rows: int, shape: GemmShape, *, device: DeviceSpec, known: bool) -> Schedule | None:
+    """The schedule for so many rows where results may depend on the batch, `known` to the compiler or one of a range.
+
+    None where it is not another one: they may.
+    """
+    if not is_batch_invariant():
+        return None
+    choose = exact_schedule if known else schedule_for
+    return choose(rows, shape, device=device)
 
 
 def planned_schedule(rows: Any, node: torch.fx.Node, *, device: torch.device) -> Schedule | None:

@@ -6,14 +6,13 @@ import importlib
 import sys
 from types import ModuleType
 
-import torch
-
 from ..after_import import after_import
 from ..ops import _library
+from ..state import WATCHERS
 from ..templates.scratch import lend_memory
-from .identity import fingerprint
+from .identity import tag_caches
 from .kept import keep_decisions
-from .switch import guard_on_switch
+from .switch import guard_on_switches
 
 # The first so that a `config.patch` around the first compilation restores our pass and not its absence; the second,
 # loaded before Inductor looks at any graph, for who set the slot between the two.
@@ -39,10 +38,10 @@ def install() -> None:
     if _on_trace in _library.TRACE_HOOKS:
         return
     _library.TRACE_HOOKS.append(_on_trace)
-    tag = torch.compiler.config.cache_key_tag
-    torch.compiler.config.cache_key_tag = f"{tag}+diffulex-{fingerprint()}" if tag else f"diffulex-{fingerprint()}"
+    tag_caches()
+    WATCHERS.append(tag_caches)
     for name in _SLOT_MODULES:
         after_import(name, _on_slot)
-    after_import("torch._dynamo.output_graph", guard_on_switch)
+    after_import("torch._dynamo.output_graph", guard_on_switches)
     after_import("torch._inductor.output_code", keep_decisions)
     after_import("triton.runtime._allocation", lend_memory)

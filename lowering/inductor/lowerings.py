@@ -15,18 +15,21 @@ import torch
 from .. import ops  # noqa: F401  the ops have to exist
 from ..activation import IDENTITY, canonical, intermediate_size
 from ..errors import Reason, ReasonCode
+from ..graph.uncovered import note_uncovered
 from ..report import OWN_KERNEL, Cost, layer_of, record
-from ..schedule.cost_model import cost
-from ..schedule.device import device_spec
+from ..schedule.cost_model import cost, predict
+from ..schedule.device import DeviceSpec, device_spec
 from ..schedule.schedule import TMA_ALIGNMENT, GemmShape, Schedule, tma_refusal
+from ..state import is_batch_invariant
 from ..templates.eager import dot_precision, down_variant, gemm_constants, power_of_two, up_variant
 from ..templates.render import ExpertGemmVariant, GradWeightVariant
 from . import _compat
 from .early import begins_early, told
-from .gemm_plan import KERNEL_DTYPES, gemm_shape, pointers_reason, schedule_of
+from .gemm_plan import KERNEL_DTYPES, gemm_shape, pointers_reason, schedule_of, usual_schedule
 from .unsorted_slots import take_unsorted
 
 _OPS = torch.ops.diffulex
+_SHARED_ACCUMULATORS = 64  # with 128, gated GEMMs spill
 
 
 def refusal(node: Any, dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) -> Reason | None:
@@ -50,7 +53,11 @@ def note(op: str, outcome: str, *, reason: Reason | None = None, cost: Cost | No
 
 def fallback_noted(op: Any, reason: Reason, *args: Any) -> Any:
     """The op's own kernel, recorded with the reason."""
-    note(op._schema.name.removeprefix("diffulex::"), OWN_KERNEL, reason=reason)
+    name = op._schema.name.removeprefix("diffulex::")
+    note(name, OWN_KERNEL, reason=reason)
+    if reason.code is ReasonCode.DTYPE:  # what runs on a CUDA device then is made of a library's kernels
+        node = _compat.current_fx_node()
+        note_uncovered(name, reason, layer=layer_of(node) if node is not None else "")
     return _compat.fallback(op, *args)
 
 
@@ -120,9 +127,14 @@ def _weight_shape(weight: Any, act: str) -> tuple[tuple[int, ...], tuple[int, ..
     return sizes, strides, gemm_shape(sizes, strides, act=act, element_size=weight.get_dtype().itemsize)
 
 
-def gemm_schedule(weight: Any, rows: Any, *, act: str) -> tuple[Schedule, int | None]:
-    """The schedule of an expert GEMM over `rows` rows of weights [E, J, H], and the most rows its graph is for."""
+def gemm_schedule(weight: Any, rows: Any, *, act: str, with_shared: bool = False) -> tuple[Schedule, int | None]:
+    """The schedule of an expert GEMM over `rows` rows of weights [E, J, H], and the most rows its graph is for.
+
+    with_shared: one that can take a shared expert's tiles along, by pointers, whose choice costs registers.
+    """
     _, _, shape = _weight_shape(weight, act)
+    if with_shared:
+        shape = dataclasses.replace(shape, descriptors=False, accumulators=_SHARED_ACCUMULATORS)
     return schedule_of(rows, shape, device=weight.get_device())
 
 
@@ -188,10 +200,21 @@ def expert_gemm(
         early=early,
     )
     sorts = "" if unsorted is None else ", sorts the slots"
-    hint = _compat.size_hint(rows)
-    predicted = None if hint is None else cost(hint, shape, schedule=schedule, device=device)
+    predicted = _predicted(rows, shape, schedule=schedule, device=device)
     note(op, f"triton {template.name} {schedule}{sorts}{told(early)}", reason=reason, cost=predicted)
     return result if out is None else (result, out)
+
+
+def _predicted(rows: Any, shape: GemmShape, *, schedule: Schedule, device: DeviceSpec) -> Cost | None:
+    """What the cost model says of a GEMM at the rows that are compiled for."""
+    hint = _compat.size_hint(rows)
+    predicted = None if hint is None else cost(hint, shape, schedule=schedule, device=device)
+    if hint is None or predicted is None:
+        return None
+    usual = usual_schedule(hint, shape, device=device, known=_compat.known_size(rows) is not None)
+    if usual is None:
+        return predicted
+    return dataclasses.replace(predicted, usual_us=predict(hint, shape, schedule=usual, device=device) * 1e6)
 
 
 @_compat.register_lowering(_OPS.moe_expert_up.default, type_promotion_kind=None)
@@ -280,4 +303,6 @@ def _moe_combine(slots: Any, weights: Any) -> Any:
         total = term if total is None else lower[aten.add.Tensor](total, term)
     early = _compat.generated_begin_early(_compat.V.graph)
     note("moe_combine", f"Inductor IR, fused with its neighbours{told(early)}")
+    if is_batch_invariant():  # else what is fused behind it reads the sum as it is, and fusion may depend on sizes
+        return _compat.rounded(total, slots.get_dtype())
     return lower[prims.convert_element_type.default](total, slots.get_dtype())

@@ -11,13 +11,14 @@ from torch.fx import Graph
 
 from ..report import take_decisions
 from ..state import is_enabled
-from .identity import fingerprint
+from .identity import identity
 
 
 class MoEPasses(CustomGraphPass):
     """The pass in `joint_custom_pre_pass`: runs what was there before, then ours.
 
-    Its `uuid` hashes every file of `lowering`, so Inductor's cache never returns code of another version.
+    Its `uuid` hashes every file of `lowering` and tells where the switches stand, so Inductor's caches never return
+    code of another version, or of the other side of a switch.
     """
 
     def __init__(self, previous: Any = None) -> None:
@@ -42,11 +43,11 @@ class MoEPasses(CustomGraphPass):
         """Cache key part; None, which bypasses the cache, where another pass has no identity of its own."""
         others = []
         for other in self._others():
-            identity = other.uuid() if isinstance(other, CustomGraphPass) else None
-            if identity is None:
+            found = other.uuid() if isinstance(other, CustomGraphPass) else None
+            if found is None:
                 return None
-            others.append(identity)
-        return (fingerprint(), is_enabled(), *others)
+            others.append(found)
+        return (identity(), *others)
 
 
 def register_lowerings() -> None:

@@ -1,6 +1,7 @@
 """Inductor lowering of a router with its product: two kernels where tokens are few, else the product and `moe_route`.
 
-As many programs as a device has multiprocessors add up parts of the product, and the routing adds up the parts.
+As many programs as a device has multiprocessors add up parts of the product, and the routing adds up the parts. Where
+results may not depend on the batch, there are the same parts for any number of tokens; they take at most 8 KiB a token.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from torch import Tensor
 from .. import ops  # noqa: F401  the ops have to exist
 from ..errors import Reason, ReasonCode
 from ..graph.dataflow import arguments, has_shape, is_output, origin, outputs, tensor_of
+from ..graph.uncovered import note_uncovered
 from ..ops.moe_route import Constants, moe_route, route_columns, route_constants, split_options, triton_dtype
 from ..ops.moe_route_linear import RouteLinearSchedule, route_linear_schedule
 from ..report import layer_of, record
 from ..spec import RoutingSpec
+from ..state import is_batch_invariant
 from . import _compat
 from .early import begins_early, told
 from .gemm_plan import rows_bound
@@ -26,6 +29,7 @@ from .route_lowerings import empty, template
 
 MOST_TOKENS = 512  # beyond, a library's product and a kernel that routes
 _ANY_TOKENS = 16  # scheduled for at least where T is symbolic: tiles, which are right for any number of rows
+_INVARIANT_TOKENS = 64  # scheduled for where results may not depend on T: tiles of 16 rows, H in a few stretches
 _OPS = torch.ops.diffulex
 
 
@@ -63,7 +67,8 @@ def _most_tokens(hidden: Any, top_k: int, dispatch: torch.fx.Node | None) -> flo
 def _refusal(hidden: Any, tokens: float) -> Reason | None:
     """Why hidden [T, H], up to so many rows of it, is left to the library's product, or None."""
     reason = refusal(hidden, dtypes=(torch.float16, torch.bfloat16))
-    if reason is None and not 0 < tokens <= MOST_TOKENS:
+    most_tokens = math.inf if is_batch_invariant() else MOST_TOKENS
+    if reason is None and not 0 < tokens <= most_tokens:
         most = "any number of" if tokens == math.inf else f"up to {tokens}"
         reason = Reason(ReasonCode.SCHEDULE, f"for {most} tokens, kernels of its own for 1 to {MOST_TOKENS}")
     return reason
@@ -150,6 +155,7 @@ def _moe_route_linear(
     reason = _refusal(hidden, tokens)
     if reason is not None:
         record("plan", "route_linear", layer=layer_of(node), outcome="a product beside the router", reason=reason)
+        note_uncovered("the router's product", reason, layer=layer_of(node))
         return _apart(node, product_dtype, logits_dtype, options=options)
     constants = route_constants(
         spec,
@@ -158,7 +164,9 @@ def _moe_route_linear(
         bias=None if bias is None else bias.get_dtype(),
         per_expert_scale=scale is not None,
     )
-    if _compat.known_size(hidden.get_size()[0]) is None:
+    if is_batch_invariant():
+        tokens = _INVARIANT_TOKENS
+    elif _compat.known_size(hidden.get_size()[0]) is None:
         tokens = max(tokens, _ANY_TOKENS)
     schedule = route_linear_schedule(int(tokens), route_columns(spec, num_experts), hidden=width)
     partial = _part(hidden, weight, schedule, constants=constants)

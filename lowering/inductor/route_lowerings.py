@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from ..ops.moe_dispatch import dispatch_schedule
-from ..ops.moe_route import route_constants, route_schedule, split_options
+from ..ops.moe_route import ANY_TOKENS, route_constants, route_schedule, split_options
 from ..spec import RoutingSpec
+from ..state import is_batch_invariant
 from ..templates.render import route_text, template_text
 from . import _compat
 from .early import begins_early, told
@@ -22,7 +23,6 @@ from .unsorted_slots import leave_unsorted, may_stay_unsorted
 
 _OPS = torch.ops.diffulex
 _MANY_ROWS = 1 << 17
-_FEW_TOKENS = 64  # scheduled for where T is symbolic
 
 
 @functools.cache
@@ -71,8 +71,8 @@ def _moe_route(logits: Any, bias: Any, ids: Any, *options: Any) -> Any:
         ids=ids is not None,
         per_expert_scale=per_expert_scale is not None,
     )
-    known = _compat.known_size(num_tokens)
-    schedule, num_warps = route_schedule(_FEW_TOKENS if known is None else known, num_columns)
+    known = None if is_batch_invariant() else _compat.known_size(num_tokens)
+    schedule, num_warps = route_schedule(ANY_TOKENS if known is None else known, num_columns)
     ids_out = empty(logits, [num_tokens, spec.num_weights], dtype=torch.int32)
     wanted = ((constants["HAS_BIAS"] or constants["BIAS_WEIGHS"], bias), (True, per_expert_scale), (True, ids))
     extra = [tensor for is_read, tensor in wanted if is_read and tensor is not None]

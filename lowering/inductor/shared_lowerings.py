@@ -1,7 +1,8 @@
 """Inductor lowerings of the stages with a shared expert: its tiles in the experts' kernel, or products beside it.
 
 In the kernel it costs no launch and fills the routed experts' waves, but it gets their tiles, which are for few rows an
-expert, while it has a row for every token. So it goes there while its row tiles are few.
+expert, while it has a row for every token. So it goes there while its row tiles are few, or always, where results may
+not depend on the batch: products of a library could.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from .. import ops  # noqa: F401  the ops have to exist
 from ..activation import canonical, intermediate_size
 from ..errors import Reason, ReasonCode
 from ..graph.dataflow import arguments
+from ..graph.uncovered import note_uncovered
 from ..ops.moe_expert_up_shared import shared_expert_up
 from ..report import layer_of, record
 from ..schedule.schedule import Schedule
+from ..state import is_batch_invariant
 from ..templates.eager import down_variant, up_variant
 from ..templates.render import ExpertGemmVariant
 from . import _compat
@@ -41,6 +44,8 @@ def _layout_refusal(routed: tuple[Any, Any], shared: tuple[Any, ...]) -> Reason 
 
 
 def _size_refusal(schedule: Schedule, max_rows: int | None, top_k: int) -> Reason | None:
+    if is_batch_invariant():
+        return None
     row_tiles = math.inf if max_rows is None else -(-max_rows // top_k // schedule.block_m)
     if schedule.loop.tma or row_tiles > MAX_ROW_TILES:
         detail = f"{schedule} for up to {row_tiles} row tiles, in the experts' kernel at most {MAX_ROW_TILES}"
@@ -62,7 +67,7 @@ def _tiles(
     reason = reason or _layout_refusal(routed, shared)
     if reason is not None:
         return reason, None, None
-    schedule, max_rows = gemm_schedule(routed[1], rows, act=variant.act)
+    schedule, max_rows = gemm_schedule(routed[1], rows, act=variant.act, with_shared=is_batch_invariant())
     reason = _size_refusal(schedule, max_rows, top_k)
     return reason, schedule, SharedTiles(shared[0], shared[1:], top_k)
 
@@ -71,6 +76,7 @@ def _note_beside(stage: str, reason: Reason) -> None:
     node = _compat.current_fx_node()
     layer = layer_of(node) if node is not None else ""
     record("plan", "shared_expert", layer=layer, outcome=f"{stage} products beside the experts", reason=reason)
+    note_uncovered(f"the shared expert's {stage} products", reason, layer=layer)
 
 
 def _beside(function: Callable[..., Any], *names: str) -> Any:

@@ -1,4 +1,6 @@
-"""Dynamo guards on the switch in every graph, so that `disabled()` reaches what was compiled before, and back."""
+"""Dynamo guards on the switches in every graph, so that `disabled()` and `batch_invariant()` reach what was compiled
+before, and back.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ _MODULE = "lowering.state"
 _ALIAS = f"__import_{_MODULE.replace('.', '_dot_')}"  # as Dynamo names a module it puts into the globals of a frame
 
 
-def guard_on_switch(module: ModuleType) -> None:
-    """Add the guard to those that every graph starts with; `module` is `torch._dynamo.output_graph`.
+def guard_on_switches(module: ModuleType) -> None:
+    """Add the guards to those that every graph starts with; `module` is `torch._dynamo.output_graph`.
 
-    A graph whose code never reads the switch gets the passes, or not, all the same: without the guard it would be
-    reused on the other side.
+    A graph whose code never reads a switch gets the passes and kernels of one side all the same: without the guard it
+    would be reused on the other.
     """
     from torch._dynamo.guards import GuardBuilder
     from torch._dynamo.source import AttrSource, GlobalSource
@@ -28,6 +30,7 @@ def guard_on_switch(module: ModuleType) -> None:
         stock(self, *args, **kwargs)
         self.import_sources[_ALIAS] = _MODULE
         self.global_scope[_ALIAS] = state
-        self.guards.add(AttrSource(GlobalSource(_ALIAS), "_enabled").make_guard(GuardBuilder.CONSTANT_MATCH))
+        for name in state.GUARDED:
+            self.guards.add(AttrSource(GlobalSource(_ALIAS), name).make_guard(GuardBuilder.CONSTANT_MATCH))
 
     module.OutputGraph.__init__ = init

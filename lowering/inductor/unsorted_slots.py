@@ -14,6 +14,7 @@ from torch.fx import Node
 from .. import ops  # noqa: F401  the ops have to exist
 from ..graph.dataflow import arguments, is_op, is_output, outputs
 from ..ops import UP_OPS
+from ..state import is_batch_invariant
 from ..templates.eager import power_of_two
 from . import _compat
 from .gemm_plan import KERNEL_DTYPES, planned_schedule
@@ -26,6 +27,8 @@ _unsorted: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDicti
 
 def may_stay_unsorted(dispatch: Node | None, rows: Any, *, most_rows: int, device: torch.device) -> bool:
     """Whether the slots, `rows` of them and at most `most_rows`, can be sorted by what reads them."""
+    if is_batch_invariant():  # one text of each expert kernel, whatever the number of rows
+        return False
     if dispatch is None or not 0 < most_rows <= MOST_SLOTS or outputs(dispatch, 1):
         return False
     readers = {reader for index in (0, 2) for item in outputs(dispatch, index) for reader in item.users}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ..state import is_batch_invariant
 from .cpu_gemm import Chunk, expert_chunks, expert_products
 from .moe_dispatch import moe_dispatch
 
@@ -17,7 +18,7 @@ Rows = Callable[[Tensor], Tensor]
 
 def is_plain_inference(*tensors: Tensor) -> bool:
     """Whether tensors [...] of any dtype are plain ones on a CPU, and nobody wants gradients or watches the ops."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.jit.is_tracing() or is_batch_invariant():
         return False
     plain = all(tensor.is_cpu and type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
     functorch: object = torch._C._functorch.peek_interpreter_stack()

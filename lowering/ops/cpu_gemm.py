@@ -16,6 +16,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..state import is_batch_invariant
+from ._rows import rows_alone
+
 Chunk = list[tuple[int, int, int]]  # (expert, its first row, its last row + 1)
 
 _ROWS_AT_ONCE = 256  # of all experts together: what is gathered, computed and activated stays in the cache
@@ -53,9 +56,9 @@ def expert_products(
     weight [E, Y, X], of any strides, and bias [E, Y] in the dtype of rows. out [R, Y], which is overwritten, in the
     dtype of rows or, of 16-bit ones, in fp32.
     """
-    dtype, row_major = rows_RX.dtype, weight_EYX[0].is_contiguous()
-    few = _FEW_ROWS if row_major and dtype == torch.float32 and is_transposed_faster() else 0
-    least_widened = _LEAST_WIDENED_ROWS if row_major and has_no_units_for(dtype) else rows_RX.shape[0] + 1
+    dtype, free = rows_RX.dtype, weight_EYX[0].is_contiguous() and not is_batch_invariant()
+    few = _FEW_ROWS if free and dtype == torch.float32 and is_transposed_faster() else 0
+    least_widened = _LEAST_WIDENED_ROWS if free and has_no_units_for(dtype) else rows_RX.shape[0] + 1
     counts = [end - start for _, start, end in experts]
     weight_EXY = weight_EYX.transpose(1, 2)
     for (expert, _, _), count, rows, out in zip(
@@ -67,13 +70,18 @@ def expert_products(
         elif count >= least_widened:
             _transposed(rows.float(), weight_EYX[expert], bias_Y, out)
         else:
-            direct = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
-            if bias_Y is None:
-                torch.mm(rows, weight_EXY[expert], out=direct)
-            else:
-                torch.addmm(bias_Y, rows, weight_EXY[expert], out=direct)
-            if direct is not out:
-                out.copy_(direct)
+            direct = out if out.dtype == dtype and not is_batch_invariant() else None
+            made = rows_alone(functools.partial(_direct, weight_EXY[expert], bias_Y, out=direct), rows)
+            if made is not out:
+                out.copy_(made)
+
+
+def _direct(weight_XY: Tensor, bias_Y: Tensor | None, rows_RX: Tensor, *, out: Tensor | None) -> Tensor:
+    # to `out` in any case: autocast would change the dtype of a result of its own
+    out_RY = rows_RX.new_empty(rows_RX.shape[0], weight_XY.shape[1]) if out is None else out
+    if bias_Y is None:
+        return torch.mm(rows_RX, weight_XY, out=out_RY)
+    return torch.addmm(bias_Y, rows_RX, weight_XY, out=out_RY)
 
 
 def _transposed(rows_RX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None, out_RY: Tensor) -> None:
@@ -83,7 +91,7 @@ def _transposed(rows_RX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None, out_R
     rows_XP = torch.nn.functional.pad(rows_RX, (0, 0, 0, -num_rows % multiple)).t()
     out_YP = rows_RX.new_empty(weight_YX.shape[0], rows_XP.shape[1])
     if weight_YX.dtype == torch.float32:
-        torch.mm(weight_YX, rows_XP, out=out_YP)  # to `out`: autocast would change the dtype of a result of its own
+        torch.mm(weight_YX, rows_XP, out=out_YP)
     else:
         height = max(1, _WIDENED // weight_YX.shape[1])
         wide = rows_RX.new_empty(min(height, weight_YX.shape[0]), weight_YX.shape[1])

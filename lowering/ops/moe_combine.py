@@ -10,6 +10,7 @@ from torch import Tensor
 from .._checks import check_device, check_float, check_rank, check_size
 from ..errors import MoEShapeError
 from ._library import register
+from ._rows import rows_alone
 
 _NAME = "diffulex::moe_combine"
 
@@ -30,20 +31,30 @@ def _validate(slots_NH: Tensor, weights_TK: Tensor) -> None:
     check_size(_NAME, "rows of slots = T*K", slots_NH.shape[0], weights_TK.shape[0] * weights_TK.shape[1])
 
 
-def _wide(slots_NH: Tensor, weights_TK: Tensor) -> torch.dtype:
-    double = torch.float64 in (slots_NH.dtype, weights_TK.dtype)
+def _wide(slots: Tensor, weights_TK: Tensor) -> torch.dtype:
+    double = torch.float64 in (slots.dtype, weights_TK.dtype)
     return torch.float64 if double else torch.float32
 
 
-def _moe_combine(slots_NH: Tensor, weights_TK: Tensor) -> Tensor:
+def _slots_of_tokens(slots_NH: Tensor, weights_TK: Tensor) -> Tensor:
     _validate(slots_NH, weights_TK)
-    num_tokens, top_k = weights_TK.shape
-    wide = _wide(slots_NH, weights_TK)
-    slots_TKH = slots_NH.view(num_tokens, top_k, slots_NH.shape[1])
+    return slots_NH.view(*weights_TK.shape, slots_NH.shape[1])
+
+
+def _weighted(slots_TKH: Tensor, weights_TK: Tensor) -> Tensor:
+    wide, top_k = _wide(slots_TKH, weights_TK), weights_TK.shape[1]
     out_TH = (slots_TKH[:, 0].to(wide) * weights_TK[:, 0, None]).contiguous()  # whatever the strides of slots
     for k in range(1, top_k):  # K passes in slot order: no [T, K, H] temporary, same order as the generated kernel
         out_TH.addcmul_(slots_TKH[:, k].to(wide), weights_TK[:, k, None].to(wide))
-    return out_TH.to(slots_NH.dtype)
+    return out_TH.to(slots_TKH.dtype)
+
+
+def _cpu(slots_NH: Tensor, weights_TK: Tensor) -> Tensor:
+    return rows_alone(_weighted, _slots_of_tokens(slots_NH, weights_TK), weights_TK)  # type: ignore[no-any-return]
+
+
+def _cuda(slots_NH: Tensor, weights_TK: Tensor) -> Tensor:
+    return _weighted(_slots_of_tokens(slots_NH, weights_TK), weights_TK)
 
 
 def _fake(slots_NH: Tensor, weights_TK: Tensor) -> Tensor:
@@ -71,5 +82,5 @@ def _backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 moe_combine = register(
-    "moe_combine", cpu=_moe_combine, cuda=_moe_combine, fake=_fake, setup_context=_setup_context, backward=_backward
+    "moe_combine", cpu=_cpu, cuda=_cuda, fake=_fake, setup_context=_setup_context, backward=_backward
 )

@@ -13,6 +13,7 @@ from ..errors import MoERangeError
 from ._grouped import gathered_bmm
 from ._launch import launcher
 from ._library import register
+from ._rows import rows_alone
 from .cpu_gemm import expert_chunks, expert_products
 
 _NAME = "diffulex::moe_expert_up"
@@ -80,7 +81,7 @@ def _cpu(
         pre_RJ = out_RI if act == IDENTITY else rows_RH.new_empty(last - first, w13_EJH.shape[1], dtype=wide)
         expert_products(rows_RH, w13_EJH, b13_EJ, pre_RJ, experts=experts)
         if act != IDENTITY:
-            out_RI.copy_(_activate(pre_RJ, act, interleaved))
+            out_RI.copy_(rows_alone(lambda rows_RJ: _activate(rows_RJ, act, interleaved), pre_RJ))
     return out_NI
 
 

@@ -17,12 +17,15 @@ from torch import Tensor
 
 from .._checks import check_device, check_float, check_int, check_rank, check_size
 from ..spec import GROUP_SCORES, OP_OPTIONS, SCORES, RoutingSpec
+from ..state import is_batch_invariant
 from ._library import register
 from ._route_aten import Routing, rounding, route, wide_dtype
 from ._route_backward import backward, setup_context
+from ._rows import rows_alone
 
 _NAME = "diffulex::moe_route"
 _NUM_OPTIONS = len(OP_OPTIONS)
+ANY_TOKENS = 64  # scheduled for where their number is not known, or may not matter
 Constants = dict[str, int | float | bool | str]
 
 # --- checks ------------------------------------------------------------------------------------------------------
@@ -74,7 +77,11 @@ def _validate(
 
 def _cpu(logits_TC: Tensor, bias_E: Tensor | None, ids_TK: Tensor | None, *options: Any) -> Routing:
     spec, per_expert_scale_E = _validate(logits_TC, bias_E, ids_TK, options)
-    return route(logits_TC, bias_E, ids_TK, per_expert_scale_E, spec=spec)
+
+    def routed(logits_TC: Tensor, ids_TK: Tensor | None) -> Routing:
+        return route(logits_TC, bias_E, ids_TK, per_expert_scale_E, spec=spec)
+
+    return rows_alone(routed, logits_TC, ids_TK)  # type: ignore[no-any-return]
 
 
 # --- generated kernel --------------------------------------------------------------------------------------------
@@ -167,7 +174,8 @@ def _cuda(logits_TC: Tensor, bias_E: Tensor | None, ids_TK: Tensor | None, *opti
         ids=ids_TK is not None,
         per_expert_scale=per_expert_scale_E is not None,
     )
-    schedule, num_warps = route_schedule(num_tokens, num_columns)
+    # sums over the columns are in an order that the layout of a tile decides
+    schedule, num_warps = route_schedule(ANY_TOKENS if is_batch_invariant() else num_tokens, num_columns)
     named = {"LOGITS": logits_TC, "BIAS": bias_E, "EXPERT_SCALE": per_expert_scale_E, "IDS_IN": ids_TK}
     tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
     standalone.launch(

@@ -24,7 +24,7 @@ def candidates(shape: GemmShape, device: DeviceSpec) -> list[Schedule]:
         schedule
         for schedule in (*_pointer_schedules(), *_descriptor_schedules(shape, device))
         if schedule.shared_memory(gated=shape.gated, element_size=shape.element_size) <= device.shared_memory - 2048
-        and 4 <= schedule.accumulators_per_thread(gated=shape.gated) <= most_accumulators
+        and 4 <= schedule.accumulators_per_thread(gated=shape.gated) <= min(shape.accumulators, most_accumulators)
     ]
 
 
@@ -102,9 +102,9 @@ def exact_schedule(rows: int, shape: GemmShape, *, device: DeviceSpec) -> Schedu
     return min(candidates(shape, device), key=lambda found: predict(rows, shape, schedule=found, device=device))
 
 
-def schedule_for(rows: int, shape: GemmShape, *, device: DeviceSpec) -> Schedule:
+def schedule_for(rows: int, shape: GemmShape, *, device: DeviceSpec, max_ranges: int = MAX_RANGES) -> Schedule:
     """The schedule for one GEMM over `rows` rows, out of the few that all row counts share."""
-    for row_range in plan((shape,), device):
+    for row_range in plan((shape,), device, max_ranges=max_ranges):
         if row_range.max_rows is None or rows <= row_range.max_rows:
             return row_range.schedules[0]
     raise AssertionError("the last range is open")

@@ -72,6 +72,7 @@ class GemmShape:
     """One expert GEMM: E experts, reduction depth, output width, gated (two weight halves per column), bytes.
 
     descriptors: whether its operands can be read through tensor descriptors, where the device has them.
+    accumulators: fp32 registers of a thread that its tiles may take, beside what else the kernel keeps.
     """
 
     num_experts: int
@@ -80,6 +81,7 @@ class GemmShape:
     gated: bool
     element_size: int = 2
     descriptors: bool = True
+    accumulators: int = 128
 
 
 @dataclasses.dataclass(frozen=True)

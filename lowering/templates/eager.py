@@ -1,6 +1,7 @@
 """CUDA kernels of the ops outside a compiled graph: the same templates, launched by the standalone host.
 
-The schedule comes from the cost model with the call's own token count; nothing here waits for the device.
+The schedule comes from the cost model with the call's own token count, or is one for any number where results may not
+depend on the batch; nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from ..activation import IDENTITY, canonical, intermediate_size, is_gated
 from ..errors import MoEUnsupportedError, Reason, ReasonCode
 from ..report import record
 from ..schedule.device import device_spec
-from ..schedule.plan import schedule_for
+from ..schedule.plan import MAX_RANGES, schedule_for
 from ..schedule.schedule import TMA_ALIGNMENT, GemmShape, Schedule, tma_refusal
+from ..state import is_batch_invariant
 from . import standalone
 from .render import ExpertGemmVariant, GradWeightVariant
 
@@ -102,9 +104,13 @@ def _planned(variant: ExpertGemmVariant, tensors: dict[str, Tensor]) -> Schedule
     device = device_spec(weight_EYX.device.index or 0)
     num_experts, _, depth = weight_EYX.shape
     shape = GemmShape(num_experts, depth, width, is_gated(variant.act), weight_EYX.element_size())
-    schedule = schedule_for(rows, shape, device=device)
+    max_ranges = 1 if is_batch_invariant() else MAX_RANGES
+    schedule = schedule_for(rows, shape, device=device, max_ranges=max_ranges)
     if schedule.loop.tma and (reason := _tma_refusal(variant, tensors)) is not None:
-        schedule = schedule_for(rows, dataclasses.replace(shape, descriptors=False), device=device)
+        if is_batch_invariant():  # the same tiles: an address may be that of a part of a batch
+            schedule = schedule.without_tma()
+        else:
+            schedule = schedule_for(rows, dataclasses.replace(shape, descriptors=False), device=device)
         record("plan", variant.stage, layer="", outcome="operands by pointers", reason=reason)
     return schedule
 

@@ -185,6 +185,21 @@ def test_generated_kernels():
     assert layer.kernels == ("moe_expert_up   triton up", "moe_expert_down triton down", "moe_route       triton route")
 
 
+def test_what_may_depend_on_the_batch():
+    """What is told of a router or of a shared expert belongs to the experts beside it."""
+    said = [
+        Decision("lower", "moe_expert_up", "mlp.experts", "triton"),
+        Decision("plan", "batch_invariance", "mlp.gate", "the router's product", Reason(ReasonCode.DTYPE, "float32")),
+        Decision("plan", "batch_invariance", "mlp.shared.up_proj", "aten.mm.default", Reason(ReasonCode.LIBRARY)),
+    ]
+    with diffulex.batch_invariant():
+        (layer,) = make_report(nn.Module(), said, graphs=1, breaks=0).layers
+        (sound,) = make_report(nn.Module(), said[:1], graphs=1, breaks=0).layers
+    assert layer.invariance.startswith("but for: the router's product (DTYPE: float32); aten.mm.default (LIBRARY: ")
+    assert sound.invariance == "what is computed for a token does not depend on the batch"
+    assert make_report(nn.Module(), said, graphs=1, breaks=0).layers[0].invariance == ""
+
+
 def test_one_stage_with_its_own_kernel():
     refused = dataclasses.replace(DOWN, outcome=OWN_KERNEL, reason=Reason(ReasonCode.DTYPE, "torch.float64"))
     layer = report_of([UP, refused])

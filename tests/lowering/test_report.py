@@ -9,7 +9,16 @@ import torch
 from torch import nn
 
 from lowering.errors import Reason, ReasonCode
-from lowering.report import Decision, collect, layer_of, microseconds, record
+from lowering.report import (
+    Cost,
+    Decision,
+    collect,
+    decisions_from_json,
+    decisions_to_json,
+    layer_of,
+    microseconds,
+    record,
+)
 from tests.support.graphs import backend_with, calls
 
 
@@ -126,3 +135,11 @@ def test_microseconds():
     assert [microseconds(value) for value in (1766.2, 267.4, 99.94, 5.484, 0.0123)] == [
         *("1766 us", "267 us", "99.9 us", "5.48 us", "0.0123 us"),
     ]
+
+
+@pytest.mark.parametrize(("usual_us", "told"), [(None, ""), (5.0, ", 5 us by the schedule for these rows")])
+def test_what_the_schedule_for_the_rows_would_take(usual_us, told):
+    cost = Cost("H100", 8, 1e9, 2e9, floor_us=5.0, predicted_us=10.0, usual_us=usual_us)
+    assert str(cost) == f"predicted 10 us at 8 rows, floor 5 us (50%){told}"
+    decision = Decision("lower", "moe_expert_up", "", "triton", cost=cost)
+    assert decisions_from_json(decisions_to_json([decision])) == (decision,)

@@ -63,16 +63,18 @@ class Interpreter:
         }
         return self._ask(request)
 
-    def graph(self, code, target, args=(), kwargs=None):
+    def graph(self, code, target, args=(), kwargs=None, *, in_order=False):
         """Run a generated wrapper as Inductor would, kernels interpreted and library calls on the CPU.
 
         code: what `offline_source(target, ...)` returned; target and args are the real ones, on the CPU, and may have
-        other sizes where the code is dynamic. Returns the flat list of the graph's outputs.
+        other sizes where the code is dynamic. in_order: `tl.dot` adds up products one after the other, so that a row
+        does not depend on its place in a tile, as on tensor cores; a library may do otherwise. Returns the flat list of
+        the graph's outputs.
         """
         where = {"target": target, "args": args, "kwargs": kwargs or {}}
         inputs = [eval(expression, {}, where) for expression in code.inputs]
         inputs = [value.detach() if isinstance(value, torch.Tensor) else value for value in inputs]
-        return self._ask({"what": "graph", "source": code.wrapper_source, "args": inputs})
+        return self._ask({"what": "graph", "source": code.wrapper_source, "args": inputs, "in_order": in_order})
 
     def close(self):
         if self._process is not None:

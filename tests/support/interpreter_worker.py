@@ -53,8 +53,9 @@ def serve():
         send(answers, answer)
 
 
-def run_graph(source, args):
+def run_graph(source, args, in_order=False):
     """The outputs of a generated wrapper."""
+    DOT["in_order"] = in_order
     for pattern, replacement in FOR_CPU:
         source = re.sub(pattern, replacement, source, flags=re.MULTILINE)
     return list(load(source).call(list(args)))
@@ -126,8 +127,27 @@ def complete_interpreter():
     # Triton patches its language anew for every call of a function; nothing else happens in this process.
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda fn: SimpleNamespace(restore=lambda: None)
+    interpreter.InterpreterBuilder.create_dot = _dot(interpreter.InterpreterBuilder.create_dot)
     interpreter.ReduceOps.generic_reduce = _reduce
     interpreter.ScanOps.generic_scan = _scan
+
+
+DOT = {"in_order": False}
+
+
+def _dot(stock):
+    def dot(self, a, b, d, *options):
+        from triton.runtime.interpreter import TensorHandle
+
+        if not DOT["in_order"]:
+            return stock(self, a, b, d, *options)
+        left, right = (part.data.astype(d.data.dtype) for part in (a, b))
+        total = 0
+        for depth in range(left.shape[1]):
+            total += left[:, depth, None] * right[None, depth, :]
+        return TensorHandle(total + d.data, d.dtype.scalar)
+
+    return dot
 
 
 _TORCH_NAMES = {"rint": "round", "nearbyint": "round", "llrint": "round", "fabs": "abs", "rcp": "reciprocal"}

@@ -9,6 +9,7 @@ import torch
 from diffulex.explaining.offline import explain_offline
 from lowering.report import Cost, microseconds
 from lowering.schedule.device import H100
+from lowering.state import batch_invariant
 from tests.support.inputs import BlockForm
 from tests.support.two_layers import Model
 
@@ -60,7 +61,7 @@ def test_each_stage_names_its_own_kernels(report):
 
 
 def values(cost):
-    return dataclasses.astuple(cost)[2:]
+    return dataclasses.astuple(cost)[2:-1]
 
 
 def test_they_are_in_text_and_in_json(report):
@@ -80,6 +81,20 @@ def test_symbolic_lengths_are_told_for_the_inputs(report):
     layer, exact = explained(dynamic=True).layers[0], report.layers[0]
     assert "T=s" in layer.form
     assert (layer.cost.rows, layer.cost.bytes) == (T * K, pytest.approx(exact.cost.bytes))
+
+
+def test_batch_invariance_and_what_it_costs(report):
+    """The time of the one schedule beside that of the schedules for these rows, which the default mode takes."""
+    with batch_invariant():
+        found = explained()
+    layer, default = found.layers[0], report.layers[0]
+    assert layer.invariance.startswith("but for: the routing (STRUCTURE: the expert ids come from placeholder")
+    assert layer.cost.usual_us == pytest.approx(default.cost.predicted_us)
+    assert layer.cost.usual_us < layer.cost.predicted_us
+    assert f", {microseconds(layer.cost.usual_us)} by the schedule for these rows" in layer.times
+    assert f"  invariance  {layer.invariance}" in str(found).splitlines()
+    assert (default.invariance, default.cost.usual_us) == ("", None)
+    assert "by the schedule for these rows" not in str(report)
 
 
 def test_a_dtype_that_the_model_was_not_fitted_to_has_no_times():

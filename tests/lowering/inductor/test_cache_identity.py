@@ -1,4 +1,4 @@
-"""Two processes, one cache: code of another version is never served, code of the same version is.
+"""Two processes, one cache: code of another version or mode is never served, code of the same one is.
 
 Each process runs a copy of the packages in which one file may be edited. That the test can fail is shown by a copy
 whose fingerprint is a constant: there the edited version gets the code of the first one.
@@ -17,8 +17,16 @@ ROOT = Path(__file__).resolve().parents[3]
 
 # Every operation of this graph is a call of one of our ops or of an ATen kernel: no C++ has to be compiled.
 SCRIPT = """
-import json, torch, diffulex
+import json, os, torch, diffulex
 from torch._dynamo.utils import counters
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+class Other(CustomGraphPass):
+    def __call__(self, graph):
+        pass
+
+    def uuid(self):
+        return b"other"
 
 ops = torch.ops.diffulex
 
@@ -34,7 +42,8 @@ hidden, weights, w13, w2 = (torch.randn(size, generator=generator) for size in s
 ids = torch.tensor([[0, 1], [1, 2], [3, 0]], dtype=torch.int32)
 args = (hidden, ids, weights, w13, w2)
 with torch.no_grad():
-    out = torch.compile(block, fullgraph=True)(*args)
+    options = {"joint_custom_pre_pass": Other()} if os.environ.get("OTHER_PASS") else None
+    out = torch.compile(block, fullgraph=True, options=options)(*args)
     factor = (out.double().sum() / block(*args).double().sum()).item()
 found = {name: counters["inductor"].get(f"fxgraph_cache_{name}", 0) for name in ("hit", "miss", "bypass")}
 print(json.dumps({"factor": round(factor, 3), **found}))
@@ -87,9 +96,10 @@ class Versions:
             assert path.read_text().count(before) == 1, f"{before!r} is not in {file}"
             path.write_text(path.read_text().replace(before, after))
 
-    def run(self, name, cache):
+    def run(self, name, cache, **variables):
         environment = {
             **os.environ,
+            **variables,
             "PYTHONPATH": str(self.folder / name),
             "TORCHINDUCTOR_CACHE_DIR": str(self.folder / cache),
             "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
@@ -139,3 +149,14 @@ def test_without_the_fingerprint_stale_code_is_served(versions):
     versions.copy("constant_edited", constant, EDITS["lowering"][:3])
     assert versions.run("constant", "other_cache") == {"factor": 1.0, **MISS}
     assert versions.run("constant_edited", "other_cache") == {"factor": 1.0, **HIT}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["", "1"])
+def test_each_mode_has_code_of_its_own(versions, other):
+    """Behind a pass of someone else's in Inductor's slot, too: there, the tag of the caches alone tells them apart."""
+    cache, on = f"modes{other}", {"DIFFULEX_BATCH_INVARIANT": "1"}
+    assert versions.run("first", cache, OTHER_PASS=other)["miss"] == 1
+    assert versions.run("first", cache, OTHER_PASS=other, **on)["miss"] == 1
+    assert versions.run("first", cache, OTHER_PASS=other)["hit"] == 1
+    assert versions.run("first", cache, OTHER_PASS=other, **on)["hit"] == 1

@@ -1,10 +1,14 @@
 """The fingerprint changes with every file that decides what is generated, and with nothing else."""
 
+import contextlib
 import shutil
 
 import pytest
+import torch
 
+import diffulex  # noqa: F401  what it does at import
 from lowering.inductor import identity
+from lowering.state import batch_invariant, disabled
 
 
 @pytest.fixture
@@ -71,3 +75,34 @@ def test_what_only_lies_there_does_not_count(fingerprint_of):
 def test_the_fingerprint_is_read_once():
     """It stands in every cache key; the files do not change under a running process."""
     assert identity.fingerprint() is identity.fingerprint()
+
+
+def test_each_side_of_each_switch_has_an_identity_of_its_own():
+    seen = []
+    for blocks in ((), (disabled,), (batch_invariant,), (disabled, batch_invariant)):
+        with contextlib.ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(block())
+            seen.append(identity.identity())
+    assert len(set(seen)) == 4
+    assert identity.identity() == seen[0]
+
+
+def test_moving_a_switch_moves_the_tag():
+    """In a process where `import diffulex` has put it there."""
+    before = torch.compiler.config.cache_key_tag
+    assert identity.identity() in before
+    with batch_invariant():
+        assert identity.identity() in torch.compiler.config.cache_key_tag != before
+    assert torch.compiler.config.cache_key_tag == before
+
+
+@pytest.mark.parametrize("tag", ["", "mine"])
+def test_the_tag_of_the_caches_follows_the_identity(tag):
+    with torch.compiler.config.patch(cache_key_tag=tag):
+        for _ in range(2):  # what is there already is put right
+            identity.tag_caches()
+            assert torch.compiler.config.cache_key_tag == f"{tag}{'+' * bool(tag)}diffulex-{identity.identity()}"
+        with batch_invariant():
+            identity.tag_caches()
+            assert torch.compiler.config.cache_key_tag == f"{tag}{'+' * bool(tag)}diffulex-{identity.identity()}"

@@ -6,9 +6,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 import lowering.graph.pipeline
-from lowering.inductor.identity import fingerprint
+from lowering.inductor.identity import identity
 from lowering.inductor.passes import MoEPasses, install_pass
-from lowering.state import disabled
+from lowering.state import batch_invariant, disabled
 
 
 class Other(CustomGraphPass):
@@ -46,12 +46,15 @@ def test_disabled_leaves_the_other_passes(graph):
     assert graph.seen == ["a"]
 
 
-def test_identity_is_the_fingerprint_the_switch_and_the_others():
-    assert MoEPasses().uuid() == (fingerprint(), True)
-    assert MoEPasses(Other(identity=b"2")).uuid() == (fingerprint(), True, b"2")
-    assert MoEPasses([Other(identity=b"2"), Other(identity=b"3")]).uuid() == (fingerprint(), True, b"2", b"3")
+def test_identity_is_that_of_the_package_and_its_switches_and_the_others():
+    assert MoEPasses().uuid() == (identity(),)
+    assert MoEPasses(Other(identity=b"2")).uuid() == (identity(), b"2")
+    assert MoEPasses([Other(identity=b"2"), Other(identity=b"3")]).uuid() == (identity(), b"2", b"3")
     with disabled():
-        assert MoEPasses().uuid() == (fingerprint(), False)
+        off = MoEPasses().uuid()
+    with batch_invariant():
+        invariant = MoEPasses().uuid()
+    assert len({off, invariant, MoEPasses().uuid()}) == 3
 
 
 @pytest.mark.parametrize("other", [lambda graph: None, Other(identity=None)], ids=["function", "no_uuid"])

@@ -1,10 +1,11 @@
-"""`disabled()` and code that never reads the switch: a grouped-GEMM spine in a model's own code."""
+"""The switches and code that never reads them: a grouped-GEMM spine in a model's own code."""
 
 import pytest
 import torch
 
 import diffulex
 from lowering.report import collect
+from lowering.state import switches
 from tests.support.experts import make_case, stock_function
 from tests.support.inputs import WIDE
 
@@ -16,23 +17,28 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("disabled_first", [False, True])
-def test_every_graph_is_guarded(disabled_first):
+@pytest.mark.parametrize("inside_first", [False, True])
+@pytest.mark.parametrize("switch", [diffulex.disabled, diffulex.batch_invariant])
+def test_every_graph_is_guarded(switch, inside_first):
     """Both sides are compiled once, whichever comes first, and kept."""
     seen = []
 
     def backend(graph, _inputs):
-        seen.append(diffulex.is_enabled())
+        seen.append(switches())
         return graph.forward
 
     compiled, x = torch.compile(lambda x: x.sin(), backend=backend), torch.ones(3)
     for turn in range(4):
-        if (turn % 2 == 0) == disabled_first:
-            with diffulex.disabled():
+        if (turn % 2 == 0) == inside_first:
+            with switch():
                 compiled(x)
         else:
             compiled(x)
-    assert seen == [not disabled_first, disabled_first]
+    outside = switches()
+    with switch():
+        inside = switches()
+    assert inside != outside
+    assert seen == ([inside, outside] if inside_first else [outside, inside])
 
 
 @pytest.mark.slow

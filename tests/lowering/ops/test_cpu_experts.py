@@ -10,6 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from lowering.activation import evaluate, split_gate
 from lowering.ops import cpu_gemm
 from lowering.ops.cpu_experts import CpuExperts, is_plain_inference
+from lowering.state import batch_invariant
 from tests.support.inputs import FORMS, LOW_DTYPES, WIDE_FORMS, make_block
 from tests.support.oracle import CountOps, assert_near_exact, assert_oracle_ratio
 
@@ -82,6 +83,8 @@ def test_plain_inference():
         with FakeTensorMode():
             assert not is_plain_inference(plain)
         with CountOps():
+            assert not is_plain_inference(plain)
+        with batch_invariant():
             assert not is_plain_inference(plain)
     with torch.inference_mode():
         assert is_plain_inference(torch.randn(2, 2))

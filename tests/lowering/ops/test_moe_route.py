@@ -14,6 +14,7 @@ from lowering.errors import MoEDeviceError, MoEDtypeError, MoEOptionError, MoERa
 from lowering.ops import moe_route
 from lowering.reference.moe_route import moe_route_reference
 from lowering.spec import OP_OPTIONS, SCORES, RoutingSpec
+from lowering.state import batch_invariant
 from lowering.templates import standalone
 from lowering.templates.render import route_text
 from tests.support.catalogue import assert_refused
@@ -664,3 +665,16 @@ def test_refuses(case):
 
 def test_accepts_what_the_refusals_change():
     moe_route(**GOOD)
+
+
+def test_tiles_that_do_not_depend_on_the_number_of_tokens(monkeypatch):
+    """The layout of a tile decides in which order its columns are summed."""
+    asked = []
+    monkeypatch.setattr(standalone, "launch", lambda *_, constants, **options: asked.append(constants["BLOCK_T"]))
+    launched = sys.modules["lowering.ops.moe_route"]._cuda
+    for tokens in (1, 64, 5000):
+        launched(torch.randn(tokens, 8), None, None, 2)
+    with batch_invariant():
+        for tokens in (1, 64, 5000):
+            launched(torch.randn(tokens, 8), None, None, 2)
+    assert asked == [1, 16, 64, 16, 16, 16]

@@ -103,6 +103,13 @@ def test_bounds_lie_between_points_of_the_grid():
         assert below < found.max_rows < 2 * below
 
 
+def test_one_range_for_any_number_of_rows():
+    (only,) = plan((UP,), H100, max_ranges=1)
+    for rows in (1, 64, 1 << 20):
+        assert schedule_for(rows, UP, device=H100, max_ranges=1) == only.schedules[0]
+    assert plan((UP, DOWN), H100, max_ranges=1)[0].schedules[0] == only.schedules[0], "whatever is planned beside"
+
+
 def test_no_row_count_is_far_from_its_best_schedule():
     """The figure behind "the model alone must already be close", by the model itself."""
     for shape in (UP, DOWN):

@@ -19,6 +19,7 @@ from lowering.report import collect
 from lowering.schedule.device import H100
 from lowering.schedule.plan import schedule_for
 from lowering.schedule.schedule import GemmShape, Loop, Schedule
+from lowering.state import batch_invariant
 from lowering.templates import eager, standalone
 from tests.support.catalogue import raises_catalogue
 from tests.support.inputs import FORMS, WIDE, WIDE_FORMS, cast, down_args, grad_weight_args, sort_slots, up_args
@@ -201,7 +202,7 @@ def refused_args(change):
 def test_what_descriptors_do_not_take_comes_by_pointers(change, few_sms, monkeypatch):
     """As the plan says then, and with the reason."""
     plan = {True: MANY[1], False: MANY[0]}
-    monkeypatch.setattr(eager, "schedule_for", lambda rows, shape, device: plan[shape.descriptors])
+    monkeypatch.setattr(eager, "schedule_for", lambda rows, shape, device, **_: plan[shape.descriptors])
     args = refused_args(change)
     with collect() as decisions:
         check(functools.partial(down, schedule=None), down_reference, args)
@@ -337,6 +338,28 @@ def test_the_schedule_is_planned_for_the_rows_of_the_call(tokens, monkeypatch):
         assert ("w_desc" in launch["text"]) == wanted.loop.tma
         assert (constants["NUM_EXPERTS"], constants["E_POW2"]) == (6, 8)
     assert [launch["constants"]["TOP_K"] for launch in launches.calls] == [form.top_k, 1]
+
+
+def test_one_schedule_for_any_number_of_rows(monkeypatch):
+    """Also where an operand begins in between, as rows of a batch may: by pointers, in the same tiles."""
+
+    def asked_for():
+        launches = Launches(monkeypatch)
+        for tokens in (1, 100, 5000):
+            form = WIDE.replace(tokens=tokens, dtype=torch.float16)
+            hidden, w13, b13, order, offsets, _, act, _ = up_args(form)
+            eager.moe_expert_up(hidden, w13, b13, order, offsets, act=act)
+        for offset in (0, 1):
+            act, w2, b2, order, offsets = down_args(WIDE.replace(tokens=5000, dtype=torch.float16))
+            act = torch.cat((act.new_zeros(offset), act.reshape(-1)))[offset:].reshape(act.shape)
+            eager.moe_expert_down(act, w2, b2, order, offsets)
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
+        return [(*(call["constants"][name] for name in names), call["num_warps"]) for call in launches.calls]
+
+    with batch_invariant():
+        *ups, down, shifted = asked_for()
+    assert len(set(ups)) == 1 and down == shifted
+    assert len(set(asked_for()[:3])) > 1
 
 
 def test_offsets_beyond_32_bits(monkeypatch):
