@@ -23,7 +23,7 @@ Chunk = list[tuple[int, int, int]]  # (expert, its first row, its last row + 1)
 
 _ROWS_AT_ONCE = 256  # of all experts together: what is gathered, computed and activated stays in the cache
 _WIDENED = 1 << 19  # fp32 elements of a weight that are widened at once, 2 MiB
-_LEAST_WIDENED_ROWS = 4  # with fewer, widening the weight costs more than the product
+_LEAST_WIDENED_ROWS = 6  # with fewer, widening the weight costs more than the product
 _FEW_ROWS = 128  # from here on both products are equally fast
 _PROBED_SIZE = 1024  # rows and columns of the weight that is timed
 _PROBED_ROWS = 16
@@ -31,15 +31,15 @@ _PROBES = 9  # the fastest of so many calls counts
 _MARGIN = 1.3  # with one thread both ways take the same time, with two one of them twice as long
 
 
-def expert_chunks(bounds: list[int]) -> Iterator[tuple[int, int, Chunk]]:
-    """(first row, last row + 1, [(expert, start, end), ...]) of consecutive experts that have rows, in expert order.
+def hit_experts(bounds: list[int]) -> Chunk:
+    """The experts that have rows, in their order; bounds [E+1]: the first row of each, and the end."""
+    return [(expert, start, end) for expert, (start, end) in enumerate(itertools.pairwise(bounds)) if start < end]
 
-    bounds [E+1]: the first row of each expert. A chunk holds at least one expert, and few rows otherwise.
-    """
+
+def chunks(experts: Chunk) -> Iterator[tuple[int, int, Chunk]]:
+    """(first row, last row + 1, experts) of consecutive experts with few rows together, or of a single one."""
     chunk: Chunk = []
-    for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
-        if start == end:
-            continue
+    for expert, start, end in experts:
         if chunk and end - chunk[0][1] > _ROWS_AT_ONCE:
             yield chunk[0][1], chunk[-1][2], chunk
             chunk = []
@@ -56,11 +56,14 @@ def expert_products(
     weight [E, Y, X], of any strides, and bias [E, Y] in the dtype of rows. out [R, Y], which is overwritten, in the
     dtype of rows or, of 16-bit ones, in fp32.
     """
-    dtype, free = rows_RX.dtype, weight_EYX[0].is_contiguous() and not is_batch_invariant()
+    dtype, alone = rows_RX.dtype, is_batch_invariant()
+    free = weight_EYX[0].is_contiguous() and not alone
     few = _FEW_ROWS if free and dtype == torch.float32 and is_transposed_faster() else 0
     least_widened = _LEAST_WIDENED_ROWS if free and has_no_units_for(dtype) else rows_RX.shape[0] + 1
     counts = [end - start for _, start, end in experts]
     weight_EXY = weight_EYX.transpose(1, 2)
+    # many views of one tensor are made together for what a few cost one by one
+    views = weight_EXY.unbind() if 4 * len(experts) > weight_EXY.shape[0] else weight_EXY
     for (expert, _, _), count, rows, out in zip(
         experts, counts, rows_RX.split(counts), out_RY.split(counts), strict=True
     ):
@@ -69,16 +72,17 @@ def expert_products(
             _transposed(rows, weight_EYX[expert], bias_Y, out)
         elif count >= least_widened:
             _transposed(rows.float(), weight_EYX[expert], bias_Y, out)
+        elif alone or out.dtype != dtype:
+            out.copy_(rows_alone(functools.partial(_direct, views[expert], bias_Y), rows))
+        elif bias_Y is None:
+            torch.mm(rows, views[expert], out=out)
         else:
-            direct = out if out.dtype == dtype and not is_batch_invariant() else None
-            made = rows_alone(functools.partial(_direct, weight_EXY[expert], bias_Y, out=direct), rows)
-            if made is not out:
-                out.copy_(made)
+            torch.addmm(bias_Y, rows, views[expert], out=out)
 
 
-def _direct(weight_XY: Tensor, bias_Y: Tensor | None, rows_RX: Tensor, *, out: Tensor | None) -> Tensor:
-    # to `out` in any case: autocast would change the dtype of a result of its own
-    out_RY = rows_RX.new_empty(rows_RX.shape[0], weight_XY.shape[1]) if out is None else out
+def _direct(weight_XY: Tensor, bias_Y: Tensor | None, rows_RX: Tensor) -> Tensor:
+    # to `out`: autocast would change the dtype of a result of its own
+    out_RY = rows_RX.new_empty(rows_RX.shape[0], weight_XY.shape[1])
     if bias_Y is None:
         return torch.mm(rows_RX, weight_XY, out=out_RY)
     return torch.addmm(bias_Y, rows_RX, weight_XY, out=out_RY)

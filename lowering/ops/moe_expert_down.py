@@ -11,7 +11,7 @@ from .._checks import check_device, check_float, check_int, check_rank, check_sa
 from ._grouped import gathered_bmm
 from ._launch import launcher
 from ._library import register
-from .cpu_gemm import expert_chunks, expert_products
+from .cpu_gemm import chunks, expert_products, hit_experts
 
 _NAME = "diffulex::moe_expert_down"
 
@@ -48,7 +48,7 @@ def _cpu(act_NI: Tensor, w2_EHI: Tensor, b2_EH: Tensor | None, order_N: Tensor, 
     bounds = offsets_E1.tolist()
     slots_NH = act_NI.new_empty(act_NI.shape[0], w2_EHI.shape[1])
     slots_NH.index_fill_(0, order_N[bounds[-1] :].long(), 0.0)
-    for first, last, experts in expert_chunks(bounds):
+    for first, last, experts in chunks(hit_experts(bounds)):
         rows_RH = slots_NH.new_empty(last - first, slots_NH.shape[1])
         expert_products(act_NI[first:last], w2_EHI, b2_EH, rows_RH, experts=experts)
         slots_NH.index_copy_(0, order_N[first:last].long(), rows_RH)

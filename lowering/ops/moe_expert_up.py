@@ -14,7 +14,7 @@ from ._grouped import gathered_bmm
 from ._launch import launcher
 from ._library import register
 from ._rows import rows_alone
-from .cpu_gemm import expert_chunks, expert_products
+from .cpu_gemm import chunks, expert_products, hit_experts
 
 _NAME = "diffulex::moe_expert_up"
 
@@ -75,7 +75,7 @@ def _cpu(
     out_NI = hidden_TH.new_empty(order_N.shape[0], width_I)
     out_NI[bounds[-1] :].zero_()
     wide = torch.float64 if hidden_TH.dtype == torch.float64 else torch.float32
-    for first, last, experts in expert_chunks(bounds):
+    for first, last, experts in chunks(hit_experts(bounds)):
         rows_RH = _gather(hidden_TH, order_N[first:last], top_k)
         out_RI = out_NI[first:last]
         pre_RJ = out_RI if act == IDENTITY else rows_RH.new_empty(last - first, w13_EJH.shape[1], dtype=wide)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowering.ops import cpu_gemm
-from lowering.ops.cpu_gemm import expert_chunks, expert_products, has_no_units_for, is_transposed_faster
+from lowering.ops.cpu_gemm import chunks, expert_products, has_no_units_for, hit_experts, is_transposed_faster
 from tests.support.inputs import LOW_DTYPES
 from tests.support.oracle import assert_oracle_ratio
 
@@ -30,10 +30,10 @@ def ways(request, monkeypatch):
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=20))
 def test_chunks_hold_every_row_once_in_order(counts):
     bounds = bounds_of(counts)
-    chunks = list(expert_chunks(bounds))
-    experts = [one for _, _, chunk in chunks for one in chunk]
+    found = list(chunks(hit_experts(bounds)))
+    experts = [one for _, _, chunk in found for one in chunk]
     assert experts == [(e, bounds[e], bounds[e + 1]) for e, count in enumerate(counts) if count]
-    for first, last, chunk in chunks:
+    for first, last, chunk in found:
         assert (first, last) == (chunk[0][1], chunk[-1][2])
         assert len(chunk) == 1 or last - first <= cpu_gemm._ROWS_AT_ONCE
 
