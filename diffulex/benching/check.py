@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -115,8 +116,11 @@ def free_memory(device: torch.device) -> int:
     """Bytes of memory of the device that nobody uses."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo", encoding="ascii") as file:
-        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in file}
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in file}
+    except FileNotFoundError:  # not Linux: all there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 1024 * kilobytes["MemAvailable"]
 
 

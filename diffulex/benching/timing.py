@@ -36,7 +36,7 @@ def round_robin(graphs: Mapping[str, torch.cuda.CUDAGraph], calls: int, *, round
 
 
 def wall_clock(
-    calls: Mapping[str, Sequence[Callable[[], object]]], *, rounds: int = 15, fewest: int = 3, seconds: float = 10.0
+    calls: Mapping[str, Sequence[Callable[[], object]]], *, rounds: int = 500, fewest: int = 3, seconds: float = 5.0
 ) -> dict[str, float]:
     """Median microseconds per call. Each name has a call for each input set; a round makes one of each name.
 

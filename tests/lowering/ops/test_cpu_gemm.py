@@ -12,7 +12,7 @@ from lowering.ops.cpu_gemm import chunks, expert_products, has_no_units_for, hit
 from tests.support.inputs import LOW_DTYPES
 from tests.support.oracle import assert_oracle_ratio
 
-COUNTS = (0, 1, 2, 3, 4, 5, 15, 16, 17, 127, 128, 200)  # rows of an expert, on both sides of every bound
+COUNTS = (0, 1, 2, 3, 4, 5, 6, 8, 9, 16, 17, 256, 257)  # rows of an expert, on both sides of every bound
 
 
 def bounds_of(counts):
@@ -72,7 +72,7 @@ def test_wide_weights_are_widened_by_parts(monkeypatch):
 
 
 def test_products_are_those_that_were_found_faster(ways, monkeypatch):
-    """Few fp32 rows, and four rows and more of 16 bits, take the transposed product where it pays, no others do."""
+    """Few fp32 rows, and six rows and more of 16 bits, take the transposed product where it pays, no others do."""
     taken = []
     original = cpu_gemm._transposed
     monkeypatch.setattr(
@@ -80,7 +80,7 @@ def test_products_are_those_that_were_found_faster(ways, monkeypatch):
     )
     bounds = bounds_of(COUNTS)
     experts = [(e, bounds[e], bounds[e + 1]) for e, count in enumerate(COUNTS) if count]
-    for dtype, wanted in ((torch.float32, lambda n: 1 < n < 128), (torch.bfloat16, lambda n: n >= 4)):
+    for dtype, wanted in ((torch.float32, lambda n: 1 < n <= 256), (torch.bfloat16, lambda n: n >= 6)):
         taken.clear()
         weight, rows = torch.randn(len(COUNTS), 4, 8).to(dtype), torch.randn(sum(COUNTS), 8).to(dtype)
         expert_products(rows, weight, None, rows.new_empty(sum(COUNTS), 4), experts=experts)
@@ -94,24 +94,33 @@ def test_autocast_does_not_reach_the_products(ways):
     torch.testing.assert_close(out, rows @ weight[0].t())
 
 
-def test_deterministic_algorithms_are_not_chosen_by_a_clock(monkeypatch):
-    monkeypatch.setattr(cpu_gemm, "_probe", lambda threads: True)
-    assert is_transposed_faster()
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert not is_transposed_faster()
-    finally:
-        torch.use_deterministic_algorithms(False)
+@pytest.mark.parametrize(
+    ("vendor", "mkl", "threads", "wanted"),
+    [
+        ("AuthenticAMD", True, 2, True),
+        ("AuthenticAMD", True, 1, False),
+        ("AuthenticAMD", False, 2, False),
+        ("GenuineIntel", True, 2, False),
+        ("", True, 2, False),
+    ],
+)
+def test_transposed_where_mkl_divides_few_rows_badly(monkeypatch, vendor, mkl, threads, wanted):
+    monkeypatch.setattr(cpu_gemm, "_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    cpu_gemm._is_mkl_abroad.cache_clear()
+    assert is_transposed_faster() == wanted
+    cpu_gemm._is_mkl_abroad.cache_clear()
 
 
-def test_the_probe_compares_what_it_says(monkeypatch):
-    """The clock is told which product takes how long."""
-    for direct, transposed, wanted in ((2.0, 1.0, True), (1.2, 1.0, False), (1.0, 2.0, False)):
-        cpu_gemm._probe.cache_clear()
-        seconds = iter((direct, transposed))
-        monkeypatch.setattr(cpu_gemm, "_seconds", lambda way, seconds=seconds: way() is None or next(seconds))
-        assert cpu_gemm._probe(1) == wanted
-    cpu_gemm._probe.cache_clear()
+def test_the_maker_of_the_processor(monkeypatch, tmp_path):
+    told = tmp_path / "cpuinfo"
+    monkeypatch.setattr(cpu_gemm, "Path", lambda _: told)
+    assert cpu_gemm._vendor() == ""
+    told.write_text("processor : 0\n")
+    assert cpu_gemm._vendor() == ""
+    told.write_text("processor : 0\nvendor_id\t: AuthenticAMD\ncpu family : 25\n")
+    assert cpu_gemm._vendor() == "AuthenticAMD"
 
 
 def test_only_16_bit_products_may_lack_units():
