@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import diffulex  # noqa: F401  the passes, and the guards on the switch
 from lowering.errors import ReasonCode
 from lowering.inductor import offline
-from lowering.inductor.fake_device import fake_h100
+from lowering.inductor.fake_device import fake_gpu
 from lowering.inductor.offline import compile_kernels, offline_source
 from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
@@ -94,7 +94,7 @@ class Graphs:
         return lambda *args: (torch.empty(1, device="meta"),) * 2
 
     def __call__(self, *counts):
-        with fake_h100(), offline._quiet_compiler(None), torch.no_grad():
+        with fake_gpu(), offline._quiet_compiler(None), torch.no_grad():
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             for tokens in counts:
                 fakes = offline.fake_cuda(self.layer.inputs(tokens, device="meta"), mode=mode)
