@@ -138,7 +138,8 @@ def gemm_constants(num_experts: int, top_k: int, *, width: int, schedule: Schedu
         loop["STORE_N"] = schedule.block_n // schedule.loop.subtiles
     return {
         "NUM_EXPERTS": num_experts,
-        "E_POW2": power_of_two(num_experts),
+        # a warp has 32 lanes: fewer experts are found by code that ptxas takes for divergent, main loop and all
+        "E_POW2": max(32, power_of_two(num_experts)),
         "TOP_K": top_k,
         "WIDTH_N": width,
         "BLOCK_M": schedule.block_m,

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import re
 import types
 
@@ -12,7 +13,7 @@ import torch
 from lowering.ops.moe_dispatch import dispatch_schedule
 from lowering.schedule.device import H100
 from lowering.schedule.plan import plan
-from lowering.schedule.schedule import GemmShape, Schedule
+from lowering.schedule.schedule import GemmShape, Loop, Schedule
 from lowering.templates import standalone
 from lowering.templates.eager import gemm_constants
 from lowering.templates.render import ExpertGemmVariant, GradWeightVariant, template_text
@@ -116,6 +117,7 @@ UP, DOWN = GemmShape(128, 2048, 768, True), GemmShape(128, 768, 2048, False)
 def compiled_gemm(shape, schedule, *, dtype=torch.bfloat16, bias=False, rows=4096):
     gather = shape.gated
     variant = ExpertGemmVariant(gather, not gather, bias, act="silu(g) * u" if gather else "identity")
+    variant = dataclasses.replace(variant, loop=schedule.loop)
     weight_rows = shape.width * (2 if gather else 1)
     tensors = {
         "A": on_meta(rows // 8 if gather else rows, shape.depth, dtype=dtype),
@@ -149,6 +151,15 @@ def test_planned_expert_gemms_compile_without_spills(shape):
         assert ("wgmma.mma_async" in ptx) == (schedule.block_m >= 64), schedule
         assert "mma" in ptx
         assert "cp.async" in ptx, "loads are not pipelined"
+
+
+@pytest.mark.parametrize("shape", [GemmShape(8, 4096, 14336, True), GemmShape(8, 14336, 4096, False)], ids=["up", "down"])
+def test_few_experts_leave_the_main_loop_uniform(shape):
+    """A search among fewer experts than a warp has lanes made addresses of the whole loop those of divergent code."""
+    kernel, _ = compiled_gemm(shape, Schedule(128, 128, 64, 8, 4, Loop(tma=True, flatten=True), 16))
+    sass = kernel.asm["sass"]
+    assert "HGMMA" in sass
+    assert "BRA.DIV" not in sass
 
 
 def test_shared_memory_is_what_the_schedule_says():
