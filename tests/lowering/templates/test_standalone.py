@@ -153,7 +153,9 @@ def test_planned_expert_gemms_compile_without_spills(shape):
         assert "cp.async" in ptx, "loads are not pipelined"
 
 
-@pytest.mark.parametrize("shape", [GemmShape(8, 4096, 14336, True), GemmShape(8, 14336, 4096, False)], ids=["up", "down"])
+@pytest.mark.parametrize(
+    "shape", [GemmShape(8, 4096, 14336, True), GemmShape(8, 14336, 4096, False)], ids=["up", "down"]
+)
 def test_few_experts_leave_the_main_loop_uniform(shape):
     """A search among fewer experts than a warp has lanes made addresses of the whole loop those of divergent code."""
     kernel, _ = compiled_gemm(shape, Schedule(128, 128, 64, 8, 4, Loop(tma=True, flatten=True), 16))
