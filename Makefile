@@ -8,9 +8,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 START := $(shell date +%s)
-# ARGS goes to the demo (make demo ARGS="--preset qwen3-30b-a3b --layers 2"), PYTEST_ARGS to pytest.
+# ARGS goes to the demo (make demo ARGS="--preset qwen3-30b-a3b --layers 2"), PYTEST_ARGS to pytest, which runs the files
+# of tests in WORKERS processes; with WORKERS=0 in one, as a debugger needs it.
 ARGS ?=
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 # An interpreter that is asked for and is not the one in $(VENV) makes a new one.
 WHICH := -c 'import sys; print(sys.base_prefix, sys.version)'
@@ -36,7 +38,7 @@ demo: $(STAMP)
 	$(call elapsed,make demo (set-up included))
 
 test: lint
-	@$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 	$(call elapsed,make test (set-up included))
 
 lint: $(STAMP)
