@@ -5,7 +5,7 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from diffulex.distributed import ExpertPlacement, balance, plan_placement
@@ -33,6 +33,7 @@ def shares_of(load_E, num_ranks, replicas):
 
 
 @given(requests())
+@example(([10, 1, 1, 1, 1, 1, 1], 3, 0))  # two ranks want the one row that is over
 def test_a_plan_is_what_it_promises(request):
     load_E, num_ranks, replicas = request
     plan, even = plan_placement(load_E, num_ranks, replicas=replicas), ExpertPlacement.even(len(load_E), num_ranks)
@@ -68,6 +69,7 @@ def test_no_two_ranks_differ_by_more_than_the_largest_share(request):
 
 
 @given(requests(most_experts=4, most_ranks=3))
+@example(([9, 8, 1], 3, 2))
 def test_replicas_make_the_largest_share_as_small_as_possible(request):
     load_E, num_ranks, replicas = request
     counts, shares, _ = shares_of(load_E, num_ranks, replicas)
