@@ -1,8 +1,10 @@
-"""Experts on several devices: which rank owns what, what the ranks must agree on, and differentiable collectives."""
+"""Experts on several devices: which rank owns what, their loads, agreement of the ranks, differentiable collectives."""
 
 from __future__ import annotations
 
+from .balance import PlacementPlan, plan_placement
+from .load import ExpertLoad
 from .parallel import ParallelConfig
 from .placement import ExpertPlacement
 
-__all__ = ["ExpertPlacement", "ParallelConfig"]
+__all__ = ["ExpertLoad", "ExpertPlacement", "ParallelConfig", "PlacementPlan", "plan_placement"]

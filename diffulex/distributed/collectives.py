@@ -35,6 +35,11 @@ def of_first_rank(tensor: Tensor, *, group: str) -> Tensor:
     return _OPS.wait_tensor(_OPS.broadcast(tensor.contiguous(), 0, group))
 
 
+def total_of_ranks(counts: Tensor, group: str) -> Tensor:
+    """The sum over all ranks of `group` of an integer tensor [...], in its dtype; not differentiable."""
+    return _OPS.wait_tensor(_OPS.all_reduce(counts.contiguous(), "sum", group))
+
+
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 

@@ -27,7 +27,7 @@ class ParallelConfig:
                          same tokens, and their partial results are added up
     dim                  name of the mesh dimension; None: the only one
     shard                for "tp", what a rank owns: whole "experts", or a slice of every expert's "width"
-    placement            experts of each rank; None: `ExpertPlacement.even`
+    placement            experts of each rank, as `plan_placement` makes them from counts; None: `ExpertPlacement.even`
     dispatcher           for "ep", the backend of `build_token_dispatcher`
     max_tokens_per_rank  for "static", the most tokens a rank may bring to one call
     exact                for "static": the result of each slot travels back, so that the layer equals the one on a

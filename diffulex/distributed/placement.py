@@ -17,7 +17,10 @@ def even_shares(total: int, parts: int) -> tuple[tuple[int, int], ...]:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertPlacement:
-    """The experts of each rank of a group, `owned[rank]`, in the order of the rows of its weights."""
+    """The experts of each rank of a group, `owned[rank]`, in the order of the rows of its weights.
+
+    One with replicas, experts on several ranks, is for planning alone (`plan_placement`): layers refuse it in `check`.
+    """
 
     owned: tuple[tuple[int, ...], ...]
 
@@ -25,6 +28,15 @@ class ExpertPlacement:
     def even(cls, num_experts: int, num_ranks: int) -> ExpertPlacement:
         """Consecutive experts, as many on each rank; where that does not divide, the first ranks own one more."""
         return cls(tuple(tuple(range(start, stop)) for start, stop in even_shares(num_experts, num_ranks)))
+
+    @property
+    def replicas(self) -> dict[int, tuple[int, ...]]:
+        """The ranks of each expert that has several, by expert."""
+        ranks: dict[int, list[int]] = {}
+        for rank, experts in enumerate(self.owned):
+            for expert in experts:
+                ranks.setdefault(expert, []).append(rank)
+        return {expert: tuple(where) for expert, where in sorted(ranks.items()) if len(where) > 1}
 
     def check(self, num_experts: int, num_ranks: int) -> None:
         """Raise `MoEParallelError` unless every expert has one rank, and every rank at least one expert."""
@@ -45,7 +57,8 @@ class ExpertPlacement:
             )
 
     def rank_of(self, num_experts: int) -> list[int]:
-        """The rank of each expert, and -1 behind them for what is no expert."""
+        """The rank of each expert, and -1 behind them for what is none; raises as `check`."""
+        self.check(num_experts, len(self.owned))
         ranks = [-1] * (num_experts + 1)
         for rank, experts in enumerate(self.owned):
             for expert in experts:
@@ -53,7 +66,8 @@ class ExpertPlacement:
         return ranks
 
     def row_of(self, num_experts: int) -> list[int]:
-        """The row of each expert in the weights of its rank, and -1 behind them for what is no expert."""
+        """The row of each expert in the weights of its rank, and -1 behind them for what is none; raises as `check`."""
+        self.check(num_experts, len(self.owned))
         rows = [-1] * (num_experts + 1)
         for experts in self.owned:
             for row, expert in enumerate(experts):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from diffulex.distributed import ParallelConfig
+from diffulex.distributed import ExpertLoad, ParallelConfig
 from diffulex.moe import EPFusedMoE, MoESpec, NaiveFusedMoE, TPFusedMoE
 from tests.support.moe_layers import make_layer
 
@@ -163,6 +163,22 @@ def run_compiled(
             else:
                 results.append([{"out": which(hidden_TH)[0]} for which in (compiled, layer)])
     return {"graphs": len(graphs), "results": results, "stage": layer.dispatcher.stage.name}
+
+
+def run_counted(rank: int, case: Case, size: int) -> dict[str, list[int]]:
+    """What the router of this rank's layer chose, counted twice, and once more on its own; and of all ranks."""
+    layer, load = make_sharded(case, size), ExpertLoad(case.spec.experts.num_experts)
+    hidden_TH, group = case.part(case.all_inputs()[0], rank), layer.parallel.group
+    watching = load.watch(layer.router)
+    for _ in range(2):
+        layer(hidden_TH)
+    found = {"total": load.snapshot(group), "own": load.snapshot(), "again": load.total(group).tolist()}
+    watching.remove()
+    layer(hidden_TH)
+    found["unwatched"] = load.snapshot()
+    load.reset()
+    load(layer.route(hidden_TH).ids)
+    return found | {"once": load.snapshot()}
 
 
 def run_checkpoint(rank: int, case: Case, size: int, folder: str) -> dict[str, Tensor]:

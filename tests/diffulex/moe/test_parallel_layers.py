@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from diffulex.distributed import ExpertPlacement
+from diffulex.distributed import ExpertPlacement, plan_placement
 from diffulex.moe import MoESpec
 from lowering.spec import RoutingSpec
 from tests.support import rank_cases
@@ -207,6 +207,32 @@ def test_gradients_of_gradients(pair, how):
     wanted = rank_cases.second_gradients(case.whole_layer(), *case.all_inputs())
     for name, value in found.items():
         assert_near_exact(value, wanted[name], what=name)
+
+
+PLANNED = Case(MoESpec(32, RoutingSpec(2), swiglu_experts(7, 32, 32)), (9, 6), seed=3)
+
+
+@pytest.mark.parametrize("how", ["naive", "static"])
+def test_a_planned_placement_equals_one_rank_bitwise(pair, how):
+    """Counted, planned, and run: more experts on one rank than on the other, and none where they were."""
+    options = {"naive": (), "static": STATIC}[how]
+    counted = pair.run(rank_cases.run_counted, dataclasses.replace(PLANNED, options=options), 2)
+    for told in counted:
+        assert told["total"] == told["again"] == [sum(both) for both in zip(*(t["own"] for t in counted), strict=True)]
+        assert told["own"] == told["unwatched"] == [2 * count for count in told["once"]]
+    assert [sum(told["once"]) for told in counted] == [2 * tokens for tokens in PLANNED.tokens]
+    plan = plan_placement(counted[0]["total"], 2)
+    assert max(plan.after) < max(plan.before) and [len(owned) for owned in plan.placement.owned] == [3, 4]
+    case = dataclasses.replace(PLANNED, options=(*options, ("placement", plan.placement)))
+    found, wanted = joined(pair.run(rank_cases.run_experts, case, 2), case), single_rank(case)
+    assert_bitwise(found, wanted, wanted.keys() - ({"hidden"} if how == "static" else set()))
+
+
+def test_a_plan_with_replicas_is_refused_by_layers(pair):
+    placement = plan_placement([9, 1, 1, 1, 1, 1, 1], 2, replicas=1).placement
+    case = dataclasses.replace(PLANNED, options=(("placement", placement),))
+    for message in pair.run(rank_cases.make_mismatched, (case, case)):
+        assert message.startswith("MoEParallelError") and "Replicas of an expert are not supported." in message
 
 
 STEPS = ((0, 1), (1, 0), (5, 9), (9, 2), (3, 0))
