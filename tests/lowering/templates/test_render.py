@@ -140,17 +140,20 @@ def test_a_missing_value_is_an_error():
         render._render("moe_expert_grad_weight", arguments='"LEFT"')
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize(
+    "variant", [found for found in VARIANTS if found.gather or not found.loop.tma], ids=lambda variant: variant.name
+)
 def test_rows_past_the_end_of_an_expert_are_not_read(variant):
-    """Where they repeat its last row, all wait for one line of memory: up to a sixth of an expert GEMM's time."""
+    """Where they repeat its last row, all wait for one line of memory: up to a sixth of an expert GEMM's time.
+
+    A descriptor, which rows that stand in order are read by, reads the next expert's: those are others.
+    """
     assigned = {
         node.targets[0].id: node.value
         for node in ast.walk(ast.parse(fill(variant.source())))
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
     }
     load = ast.unparse(assigned["a"])
-    if load.startswith("a_desc"):
-        return  # a descriptor reads the next expert's rows, which are others
     for name in ("a_mask", "a_inside"):
         if name in assigned:
             load = load.replace(name, ast.unparse(assigned[name]))
