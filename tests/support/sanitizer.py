@@ -123,6 +123,8 @@ def command(sanitizer: str, tool: str, *, node: str, results: Path) -> list[str]
     watch = [sanitizer, "--tool", tool, "--error-exitcode", str(_ERRORS), "--print-limit", str(_PRINTED)]
     # compilers that the child starts use no device
     watch += ["--target-processes", "application-only", *_FLAGS[tool]]
+    # by default it gives up a child that imports for long, and the child then waits for it at its first call of CUDA
+    watch += ["--launch-timeout", "0"]
     inner = [sys.executable, "-m", "pytest", "-v", "-p", "tests.support.sanitizer_plugin", INSIDE]
     return [*watch, *inner, "-p", "no:cacheprovider", f"--junitxml={results}", node]
 
