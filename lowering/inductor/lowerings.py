@@ -175,9 +175,10 @@ def expert_gemm(
     mutated: list[Any] = []
     out = None
     if unsorted is not None:
-        ids, constants["SLOTS_POW2"] = unsorted
-        inputs += [ids]
-        mutated += written
+        inputs = [*(inputs[:-2] if unsorted.by_slot else inputs), unsorted.ids]
+        mutated += [] if unsorted.by_slot else written
+        constants["SLOTS_POW2"] = unsorted.slots_pow2
+        variant = dataclasses.replace(variant, sorts=not unsorted.by_slot, by_slot=unsorted.by_slot)
     if shared is not None:
         depth = math.gcd(depth, shared.depth)
         constants |= {"SHARED_N": shared.width, "SLOTS": shared.slots}
@@ -186,7 +187,7 @@ def expert_gemm(
         out.realize()
         inputs += _compat.realize_inputs(shared.hidden, *shared.weights, out)
         mutated += inputs[-1:]
-    variant = dataclasses.replace(variant, sorts=unsorted is not None).scheduled(schedule, depth=depth, strides=strides)
+    variant = variant.scheduled(schedule, depth=depth, strides=strides)
     template = _template(variant.name, variant.source(), _gemm_grid)
     early = begins_early(weight.get_device())
     result = _compat.run_template(
@@ -199,9 +200,9 @@ def expert_gemm(
         mutated_inputs=mutated or None,
         early=early,
     )
-    sorts = "" if unsorted is None else ", sorts the slots"
+    slots = "" if unsorted is None else f", {unsorted}"
     predicted = _predicted(rows, shape, schedule=schedule, device=device)
-    note(op, f"triton {template.name} {schedule}{sorts}{told(early)}", reason=reason, cost=predicted)
+    note(op, f"triton {template.name} {schedule}{slots}{told(early)}", reason=reason, cost=predicted)
     return result if out is None else (result, out)
 
 

@@ -14,12 +14,13 @@ from ..ops.moe_dispatch import dispatch_schedule
 from ..ops.moe_route import ANY_TOKENS, route_constants, route_schedule, split_options
 from ..spec import RoutingSpec
 from ..state import is_batch_invariant
+from ..templates.eager import power_of_two
 from ..templates.render import route_text, template_text
 from . import _compat
 from .early import begins_early, told
 from .gemm_plan import rows_bound
 from .lowerings import fallback_noted, note, refusal
-from .unsorted_slots import leave_unsorted, may_stay_unsorted
+from .unsorted_slots import Unsorted, leave_unsorted, may_stay_in_place, may_stay_unsorted
 
 _OPS = torch.ops.diffulex
 _MANY_ROWS = 1 << 17
@@ -106,8 +107,10 @@ def _moe_dispatch(ids: Any, num_experts: int) -> Any:
     order, token = (empty(ids, [slots], dtype=torch.int32) for _ in range(2))
     (ids,) = _compat.contiguous_inputs(ids)
     if bound is not None and may_stay_unsorted(node, slots, most_rows=bound, device=ids.get_device()):
-        leave_unsorted(order, ids, most_rows=bound)
-        note("moe_dispatch", f"in the kernel of moe_expert_up{told(begins_early(ids.get_device()))}")
+        in_place = may_stay_in_place(node, slots, device=ids.get_device())
+        leave_unsorted(order, Unsorted(ids, power_of_two(bound), by_slot=in_place))
+        where = "nowhere: a slot is a row tile" if in_place else "in the kernel of moe_expert_up"
+        note("moe_dispatch", f"{where}{told(begins_early(ids.get_device()))}")
         return order, token, empty(ids, [num_experts + 1], dtype=torch.int32)
     outputs = _compat.realize_inputs(order, token)
     early = begins_early(ids.get_device())

@@ -1,10 +1,13 @@
 """Few slots are sorted by the expert GEMM that reads them first: `moe_dispatch` then has no kernel of its own.
 
-Its outputs are buffers that this GEMM writes, and whatever else reads them comes later.
+Its outputs are buffers that this GEMM writes, and whatever else reads them comes later. The slots of one token are not
+sorted at all where only its two expert GEMMs would see it: an expert that is chosen twice is read twice, and no
+program has to wait for the ids of the others.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from typing import Any
 
@@ -13,16 +16,34 @@ from torch.fx import Node
 
 from .. import ops  # noqa: F401  the ops have to exist
 from ..graph.dataflow import arguments, is_op, is_output, outputs
-from ..ops import UP_OPS
+from ..ops import DOWN_OPS, UP_OPS
+from ..schedule.schedule import PLAIN
 from ..state import is_batch_invariant
-from ..templates.eager import power_of_two
 from . import _compat
 from .gemm_plan import KERNEL_DTYPES, planned_schedule
 
 MOST_SLOTS = 64
 
-# by graph and the name of the buffer `order`: the ids that are still to be sorted
-_unsorted: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+@dataclasses.dataclass(frozen=True)
+class Unsorted:
+    """Slots that no kernel has sorted.
+
+    ids          the buffer [T, K]
+    slots_pow2   a power of two of at least T * K
+    by_slot      nor has any to: each slot is a row tile of its own
+    """
+
+    ids: Any
+    slots_pow2: int
+    by_slot: bool
+
+    def __str__(self) -> str:
+        return "a slot a row tile" if self.by_slot else "sorts the slots"
+
+
+# by graph and the name of the buffer `order`: what those who read it, one after the other, have to do without
+_unsorted: weakref.WeakKeyDictionary[Any, dict[str, list[Unsorted]]] = weakref.WeakKeyDictionary()
 
 
 def may_stay_unsorted(dispatch: Node | None, rows: Any, *, most_rows: int, device: torch.device) -> bool:
@@ -31,7 +52,7 @@ def may_stay_unsorted(dispatch: Node | None, rows: Any, *, most_rows: int, devic
         return False
     if dispatch is None or not 0 < most_rows <= MOST_SLOTS or outputs(dispatch, 1):
         return False
-    readers = {reader for index in (0, 2) for item in outputs(dispatch, index) for reader in item.users}
+    readers = _readers(dispatch)
     if not readers:
         return False
     first = dispatch.next
@@ -46,16 +67,44 @@ def may_stay_unsorted(dispatch: Node | None, rows: Any, *, most_rows: int, devic
     return schedule is not None and not schedule.loop.tma
 
 
-def _reads(up: Node, dispatch: Node) -> bool:
-    given = arguments(up)
+def may_stay_in_place(dispatch: Node | None, rows: Any, *, device: torch.device) -> bool:
+    """Whether slots that may stay unsorted need not be sorted: one token's, which only its two expert GEMMs read."""
+    assert dispatch is not None
+    given = arguments(dispatch)
+    tokens, top_k = map(_compat.known_size, given["ids"].meta["val"].shape)
+    if tokens != 1 or top_k is None or top_k > given["num_experts"]:
+        return False
+    readers = _readers(dispatch)
+    ups, downs = ([node for node in readers if is_op(node, *stage)] for stage in (UP_OPS, DOWN_OPS))
+    if len(readers) != 2 or not ups or not downs or not _reads(downs[0], dispatch):
+        return False
+    act = arguments(downs[0])["act"]
+    if act is not ups[0] and not is_output(act, ups[0], index=0):
+        return False
+    schedules = [planned_schedule(rows, node, device=device) for node in (*ups, *downs)]
+    return len(act.users) == 1 and all(schedule is not None and schedule.loop == PLAIN for schedule in schedules)
+
+
+def _readers(dispatch: Node) -> set[Node]:
+    return {reader for index in (0, 2) for item in outputs(dispatch, index) for reader in item.users}
+
+
+def _reads(gemm: Node, dispatch: Node) -> bool:
+    given = arguments(gemm)
     return is_output(given["order"], dispatch, index=0) and is_output(given["offsets"], dispatch, index=2)
 
 
-def leave_unsorted(order: Any, ids: Any, *, most_rows: int) -> None:
-    """The expert GEMM that gets the buffer `order` [N] is to sort ids [T, K], at most `most_rows` slots."""
-    _unsorted.setdefault(_compat.V.graph, {})[order.get_name()] = (ids, power_of_two(most_rows))
+def leave_unsorted(order: Any, unsorted: Unsorted) -> None:
+    """The expert GEMM that gets the buffer `order` [N] next is to sort, or both GEMMs are to do without."""
+    _unsorted.setdefault(_compat.V.graph, {})[order.get_name()] = [unsorted] * (2 if unsorted.by_slot else 1)
 
 
-def take_unsorted(order: Any) -> tuple[Any, int] | None:
-    """(ids [T, K], a power of two of at least N) where whoever reads `order` [N] next has to sort them."""
-    return _unsorted.get(_compat.V.graph, {}).pop(order.get_name(), None)
+def take_unsorted(order: Any) -> Unsorted | None:
+    """What the reader of `order` [N] that is lowered now has to do without, or None: it is there."""
+    kept, name = _unsorted.get(_compat.V.graph, {}), order.get_name()
+    if name not in kept:
+        return None
+    unsorted, *others = kept.pop(name)
+    if others:
+        kept[name] = others
+    return unsorted

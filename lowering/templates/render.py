@@ -59,6 +59,7 @@ class ExpertGemmVariant:
     transposed columns of W are consecutive in memory, not rows
     shared     programs of a shared expert, with the same activation, come first (pointers, no bias)
     sorts      the slots are sorted by the programs themselves, out of IDS (up stage, pointers)
+    by_slot    nobody sorts the slots, each is a row tile (one token, pointers)
     loop       the fields of the schedule that change the text, see `Schedule`
     """
 
@@ -72,6 +73,7 @@ class ExpertGemmVariant:
     transposed: bool = False
     shared: bool = False
     sorts: bool = False
+    by_slot: bool = False
     loop: Loop = PLAIN
 
     @property
@@ -94,9 +96,10 @@ class ExpertGemmVariant:
     def source(self) -> str:
         """The kernel text with the host's hooks in it."""
         gated = is_gated(self.act)
-        arguments = ["A", "W", *(["BIAS"] if self.bias else []), "ORDER", "OFFSETS"]
-        if self.sorts:
-            assert self.gather and not self.loop.tma, "only the first stage sorts, and not for many rows"
+        arguments = ["A", "W", *(["BIAS"] if self.bias else []), *([] if self.by_slot else ["ORDER", "OFFSETS"])]
+        if self.sorts or self.by_slot:
+            assert not self.loop.tma and (self.gather or not self.sorts), "the first stage sorts, and not for many rows"
+            assert not self.by_slot or (self.loop == PLAIN and not self.sorts), "slots have no order to be grouped in"
             arguments += ["IDS"]
         if self.shared:
             apart = self.bias or self.interleaved or self.transposed or self.loop.tma
@@ -124,6 +127,7 @@ class ExpertGemmVariant:
             precision=self.precision,
             shared=self.shared,
             sorts=self.sorts,
+            by_slot=self.by_slot,
             width="width" if self.shared else "WIDTH_N",
             up_ptr="w_up_ptr" if self.shared else "w_ptr + up_shift",
             grouped=self.loop.grouped,
