@@ -18,8 +18,9 @@ import random
 import numpy as np
 import sympy
 
-from benchmarks.sweep_expert_gemm import gemm_shape, schedule_of
-from diffulex.benching.shapes import SHAPES
+from diffulex.benching.shapes import case_of_shape
+from diffulex.tuning.cells import Cell as TunedCell
+from diffulex.tuning.search import schedule_of_row
 from lowering.schedule import cost_model
 from lowering.schedule.device import H200
 from lowering.schedule.plan import candidates
@@ -38,11 +39,12 @@ def load(paths: list[str]) -> dict[Cell, tuple[np.ndarray, np.ndarray, list[Sche
         with open(path) as file:
             for row in csv.DictReader(file):
                 cell = row["shape"], row["stage"], int(row["tokens"]), path
-                rows[cell].setdefault(schedule_of(row), float(row["us"]) * 1e-6)
+                rows[cell].setdefault(schedule_of_row(row), float(row["us"]) * 1e-6)
     cells = {}
     for cell, times in rows.items():
         name, stage, tokens, _ = cell
-        shape, count = gemm_shape(SHAPES[name], stage), tokens * SHAPES[name].top_k
+        timed = TunedCell(case_of_shape(name), stage, tokens)
+        shape, count = timed.gemm, timed.rows
         allowed = {dataclasses.replace(schedule, group_m=0) for schedule in candidates(shape, H200)}
         schedules = [schedule for schedule in times if dataclasses.replace(schedule, group_m=0) in allowed]
         values = [cost_model.arguments(count, shape, schedule=schedule, device=H200) for schedule in schedules]

@@ -34,6 +34,7 @@ class LayerReport:
     """One MoE layer. `captured`: its experts run through the ops; `form`: sizes and activation of its region;
     `kernels`: one line per stage that was lowered, more where graphs or directions differ; `shared_expert`: what became
     of a dense MLP beside the experts, empty where there is none; `lowered`: the decisions behind `kernels`;
+    `schedules`: whether those of the expert GEMMs come from the cost model or from tuning, empty without any;
     `invariance`: inside `batch_invariant()` whether all that is known of the layer is covered, or what is not.
     """
 
@@ -46,6 +47,7 @@ class LayerReport:
     activation: str
     reason: str | None = None
     shared_expert: str = ""
+    schedules: str = ""
     invariance: str = ""
     lowered: tuple[Decision, ...] = dataclasses.field(default=(), repr=False)
 
@@ -150,6 +152,7 @@ class Report:
                     f"  activation  {layer.activation}",
                 ]
                 lines += [f"  shared      {layer.shared_expert}"] if layer.shared_expert else []
+                lines += [f"  schedules   {layer.schedules}"] if layer.schedules else []
                 lines += [f"  invariance  {layer.invariance}"] if layer.invariance else []
                 lines += [f"  times       {layer.times}"] if layer.times else []
                 lines += [f"  {kernel}" for kernel in layer.kernels]
@@ -308,6 +311,7 @@ def _layer(name: str, module: nn.Module | None, decisions: list[Decision]) -> La
         router=_outcomes(decisions, "route_pass"),
         activation=_outcomes(decisions, "activation_pass"),
         shared_expert=_outcomes(decisions, "shared_expert_pass", "shared_expert", default=""),
+        schedules=_outcomes(decisions, "schedules", default=""),
         invariance=_invariance(decisions),
         reason=None if captured else str(_why_not(module, decisions)),
         lowered=tuple(lowered),

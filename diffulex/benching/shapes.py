@@ -36,6 +36,12 @@ SHAPES = {
     "dsv3": Shape(64, 8, 7168, 2048),  # 64 local experts of DeepSeek-V3
     "llada2": Shape(256, 8, 2048, 512),  # LLaDA2-mini
 }
+# sizes that the cost model was never fitted to
+MORE_SHAPES = {
+    "qwen3-235b": Shape(128, 8, 4096, 1536),
+    "olmoe": Shape(64, 8, 2048, 1024),
+    "gpt-oss": Shape(32, 4, 2880, 2880),  # the sizes of GPT-OSS-20B alone, not its activation, biases and layout
+}
 TOKENS = (1, 8, 64, 512, 4096, 16384)
 # many narrow experts and a few wide ones, of a size that a CPU gets through
 CPU_SHAPES = {"cpu-small": Shape(128, 8, 1024, 384), "cpu-wide": Shape(8, 2, 1024, 3584)}
@@ -44,7 +50,7 @@ CPU_TOKENS = (1, 8, 64, 512, 2048)
 
 def case_of_shape(name: str) -> Case:
     """The case of a shape known by name: gated experts with SiLU and without biases."""
-    shape = {**SHAPES, **CPU_SHAPES}[name]
+    shape = {**SHAPES, **MORE_SHAPES, **CPU_SHAPES}[name]
     return Case(name, shape, ExpertSpec(shape.num_experts, shape.hidden, shape.intermediate, "silu(g) * u"))
 
 
@@ -53,12 +59,15 @@ def case_of_config(path: Path) -> Case:
 
     Needs no model class: what the config says is read by `diffulex.moe.config`.
     """
+    file = path / "config.json" if path.is_dir() else path
+    return case_of(_read(file), name=file.resolve().parent.name if file.name == "config.json" else file.stem)
+
+
+def case_of(config: Any, *, name: str) -> Case:
+    """The case of a transformers config, or of one as a dict."""
     from ..moe.config import get_expert_spec, get_num_experts_per_tok
 
-    file = path / "config.json" if path.is_dir() else path
-    config = _read(file)
     spec, top_k = get_expert_spec(config), get_num_experts_per_tok(config)
-    name = file.resolve().parent.name if file.name == "config.json" else file.stem
     return Case(name, Shape(spec.num_experts, top_k, spec.hidden_size, spec.intermediate_size), spec)
 
 

@@ -5,30 +5,36 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 _WARM_UP_ROUNDS = 2
+Name = TypeVar("Name")
 
 
-def capture(function: Callable[..., object], inputs: Sequence[tuple[Any, ...]]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph that calls `function` once for each input set, a tuple of tensors [...] of any dtype."""
+def capture(
+    function: Callable[..., object], inputs: Sequence[tuple[Any, ...]], *, pool: Any = None
+) -> torch.cuda.CUDAGraph:
+    """A CUDA graph that calls `function` once for each input set, a tuple of tensors [...] of any dtype.
+
+    pool: the memory of graphs whose results nobody reads, so that they may have it one after the other.
+    """
     side = torch.cuda.Stream()
     with torch.cuda.stream(side), torch.no_grad():
         for _ in range(2):
             function(*inputs[0])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
+    with torch.no_grad(), torch.cuda.graph(graph, pool=pool):
         for one in inputs:
             function(*one)
     return graph
 
 
-def round_robin(graphs: Mapping[str, torch.cuda.CUDAGraph], calls: int, *, rounds: int = 15) -> dict[str, float]:
+def round_robin(graphs: Mapping[Name, torch.cuda.CUDAGraph], calls: int, *, rounds: int = 15) -> dict[Name, float]:
     """Median microseconds per call of each graph, replayed in turn so that all see the same clocks."""
-    samples: dict[str, list[float]] = {name: [] for name in graphs}
+    samples: dict[Name, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, graph in graphs.items():
             samples[name].append(1e6 * _event_seconds(graph.replay) / calls)

@@ -15,7 +15,7 @@ import torch
 from lowering.errors import MoERangeError, MoEUnsupportedError
 from lowering.report import microseconds
 
-from ..benching.shapes import CPU_SHAPES, CPU_TOKENS, SHAPES, TOKENS, Case, case_of_config, case_of_shape
+from ..benching.shapes import CPU_SHAPES, CPU_TOKENS, MORE_SHAPES, SHAPES, TOKENS, Case, case_of_config, case_of_shape
 from . import env
 from .demo import choose_device
 from .explain import check_writable, memory
@@ -47,8 +47,9 @@ def add_parser(commands: Any) -> None:
         "measured in the same run.",
     )
     option = parser.add_argument
-    option("--shapes", nargs="+", choices=[*SHAPES, *CPU_SHAPES], metavar="NAME",
-           help=f"layers: {', '.join(SHAPES)} (default on CUDA), {', '.join(CPU_SHAPES)} (on a CPU)")  # fmt: skip
+    option("--shapes", nargs="+", choices=[*SHAPES, *MORE_SHAPES, *CPU_SHAPES], metavar="NAME",
+           help=f"layers: {', '.join(SHAPES)} (default on CUDA), {', '.join(CPU_SHAPES)} (on a CPU), "
+           f"{', '.join(MORE_SHAPES)}")  # fmt: skip
     option("--config", type=Path, action="append", default=[], metavar="PATH",
            help="the layer of a model's config.json, given as the file or its folder; may be repeated")  # fmt: skip
     option("--tokens", nargs="+", type=int, metavar="T", help=f"default {' '.join(map(str, TOKENS))}; on a CPU "

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from lowering.errors import MoEErrorMixin
 
-from . import bench, demo, env, explain, families
+from . import bench, demo, env, explain, families, tune
 
-_COMMANDS = (demo, explain, families, bench, env)
+_COMMANDS = (demo, explain, families, bench, tune, env)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ _STOCK = {
 }
 _NUMBER = re.compile(r"[0-9]{1,12}")
 _MOST_NAMES = 3
-_FIELDS = ("form", "router", "activation", "shared_expert", "invariance", "times")
+_FIELDS = ("form", "router", "activation", "shared_expert", "schedules", "invariance", "times")
 
 _STYLE = """
 :root{color-scheme:light dark;--page:#fff;--ink:#1f2328;--soft:#59636e;--line:#d1d9e0;--box:#f6f8fa;--bad:#b42318;

@@ -19,8 +19,9 @@ from ..graph.dataflow import arguments, is_op
 from ..ops import DOWN_OPS, UP_OPS
 from ..report import layer_of, record
 from ..schedule.device import DeviceSpec, device_spec
-from ..schedule.plan import MAX_RANGES, exact_schedule, plan, schedule_for
+from ..schedule.plan import MAX_RANGES, exact_schedule, plan, range_of, schedule_for
 from ..schedule.schedule import GemmShape, RowRange, Schedule, tma_refusal
+from ..schedule.tuned import told
 from ..state import is_batch_invariant
 from . import _compat
 
@@ -73,12 +74,7 @@ def row_range(rows: Any, shapes: tuple[GemmShape, ...], *, device: DeviceSpec) -
     for candidate in ranges:
         if candidate.max_rows is not None and within(rows, candidate.max_rows):
             return candidate
-    return ranges[-1] if guarded else dataclasses.replace(_range_up_to(_compat.size_hint(rows), ranges), max_rows=None)
-
-
-def _range_up_to(rows: int | None, ranges: tuple[RowRange, ...]) -> RowRange:
-    """The first range that is for so many rows, the last one for None."""
-    return next(found for found in ranges if found.max_rows is None or (rows is not None and rows <= found.max_rows))
+    return ranges[-1] if guarded else dataclasses.replace(range_of(_compat.size_hint(rows), ranges), max_rows=None)
 
 
 def _planned_with(shape: GemmShape, node: torch.fx.Node | None) -> tuple[GemmShape, ...]:
@@ -98,7 +94,7 @@ def pointers_reason(rows: Any, shape: GemmShape, *, refused: Reason | None, devi
         wanted = row_range(rows, could, device=spec)
     else:  # at the most rows that this graph is for: no further guard
         most = row_range(rows, shapes, device=spec).max_rows if _compat.may_guard(rows) else _compat.size_hint(rows)
-        wanted = _range_up_to(most, _ranges(could, spec))
+        wanted = range_of(most, _ranges(could, spec))
     return refused if wanted.schedules[shapes.index(shape)].loop.tma else None
 
 
@@ -113,7 +109,9 @@ def schedule_of(rows: Any, shape: GemmShape, *, device: torch.device) -> tuple[S
         outcome = "; ".join(map(str, _ranges(shapes, spec)))
     else:
         outcome = f"{rows} rows: {' and '.join(map(str, chosen.schedules))}"
-    record("plan", "row_ranges", layer=layer_of(node) if node is not None else "", outcome=outcome)
+    layer = layer_of(node) if node is not None else ""
+    record("plan", "row_ranges", layer=layer, outcome=outcome)
+    record("plan", "schedules", layer=layer, outcome=told(shapes, spec))
     return chosen.schedules[shapes.index(shape)], chosen.max_rows
 
 

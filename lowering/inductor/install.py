@@ -26,6 +26,7 @@ def _on_slot(module: ModuleType) -> None:
 
 
 def _on_trace() -> None:
+    tag_caches()  # CUDA may have started since, and with it there may be tuned times
     # who set the slot after Inductor was loaded, or sets it for one compilation (options=), has our pass behind theirs
     if "torch._inductor.graph" in sys.modules:
         passes = importlib.import_module("lowering.inductor.passes")

@@ -1,4 +1,6 @@
-"""From shape and device to a few row ranges with a schedule each: the cost model decides, nothing is timed."""
+"""From shape and device to a few row ranges with a schedule each: the cost model decides, and where the GEMM was tuned
+on the device, the times that were measured then.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from .cost_model import predict
+from . import tuned as tuned_times
 from .device import DeviceSpec
 from .schedule import PLAIN, GemmShape, Loop, RowRange, Schedule
 
@@ -51,19 +53,35 @@ def _descriptor_schedules(shape: GemmShape, device: DeviceSpec) -> Iterator[Sche
 
 
 @functools.lru_cache(maxsize=256)
-def _losses(shape: GemmShape, device: DeviceSpec) -> tuple[list[Schedule], list[list[float]]]:
-    """(schedules, log of time over the best time at each point of the grid)."""
+def _times(shape: GemmShape, device: DeviceSpec, *, tuned: bool = True) -> tuple[list[Schedule], tuned_times.Times]:
+    """(schedules, their times by the row count)."""
     schedules = candidates(shape, device)
-    times = [[predict(rows, shape, schedule=schedule, device=device) for rows in _ROW_GRID] for schedule in schedules]
+    return schedules, tuned_times.Times(shape, device, schedules=schedules, tuned=tuned)
+
+
+@functools.lru_cache(maxsize=256)
+def _losses(
+    shape: GemmShape, device: DeviceSpec, *, grid: tuple[int, ...] = _ROW_GRID, tuned: bool = True
+) -> tuple[list[Schedule], list[list[float]]]:
+    """(schedules, log of time over the best time at each point of the grid)."""
+    schedules, time = _times(shape, device, tuned=tuned)
+    times = [[time(rows, schedule) for rows in grid] for schedule in schedules]
     best = [min(column) for column in zip(*times, strict=True)]
     return schedules, [[math.log(t / b) for t, b in zip(row, best, strict=True)] for row in times]
 
 
 @functools.lru_cache(maxsize=256)
-def plan(shapes: tuple[GemmShape, ...], device: DeviceSpec, *, max_ranges: int = MAX_RANGES) -> tuple[RowRange, ...]:
-    """Row ranges in ascending order, the last one open, for GEMMs that share one routing: least summed loss."""
-    losses = [_losses(shape, device) for shape in shapes]
-    points = len(_ROW_GRID)
+def plan(
+    shapes: tuple[GemmShape, ...], device: DeviceSpec, *, max_ranges: int = MAX_RANGES, tuned: bool = True
+) -> tuple[RowRange, ...]:
+    """Row ranges in ascending order, the last one open, for GEMMs that share one routing: least summed loss.
+
+    tuned: times that were measured on the device count, where there are some; else it is the model's own plan.
+    """
+    rows_measured = {rows for shape in shapes for rows in _times(shape, device, tuned=tuned)[1].rows}
+    grid = tuple(sorted({*_ROW_GRID, *rows_measured}))
+    losses = [_losses(shape, device, grid=grid, tuned=tuned) for shape in shapes]
+    points = len(grid)
 
     @functools.cache
     def one(start: int, stop: int) -> tuple[float, tuple[int, ...]]:
@@ -84,7 +102,7 @@ def plan(shapes: tuple[GemmShape, ...], device: DeviceSpec, *, max_ranges: int =
     return tuple(
         RowRange(
             # the bound lies between two points of the grid, in the geometric middle
-            None if last == points - 1 else int(_ROW_GRID[last] * math.sqrt(2)),
+            None if last == points - 1 else math.isqrt(grid[last] * grid[last + 1]),
             tuple(schedules[pick] for (schedules, _), pick in zip(losses, picks, strict=True)),
         )
         for last, picks in split(0, max_ranges)[1]
@@ -92,19 +110,29 @@ def plan(shapes: tuple[GemmShape, ...], device: DeviceSpec, *, max_ranges: int =
 
 
 @functools.lru_cache(maxsize=1024)
-def exact_schedule(rows: int, shape: GemmShape, *, device: DeviceSpec) -> Schedule:
+def exact_schedule(rows: int, shape: GemmShape, *, device: DeviceSpec, tuned: bool = True) -> Schedule:
     """The schedule for one GEMM that will only ever have `rows` rows, 0 too.
 
     It may sum in other steps than `schedule_for` the same rows: graphs for one row count and for many agree by the
     error of the dtype, not bitwise.
     """
     rows = max(1, rows)
-    return min(candidates(shape, device), key=lambda found: predict(rows, shape, schedule=found, device=device))
+    schedules, time = _times(shape, device, tuned=tuned)
+    return min(schedules, key=lambda found: time(rows, found))
 
 
 def schedule_for(rows: int, shape: GemmShape, *, device: DeviceSpec, max_ranges: int = MAX_RANGES) -> Schedule:
     """The schedule for one GEMM over `rows` rows, out of the few that all row counts share."""
-    for row_range in plan((shape,), device, max_ranges=max_ranges):
-        if row_range.max_rows is None or rows <= row_range.max_rows:
-            return row_range.schedules[0]
-    raise AssertionError("the last range is open")
+    return range_of(rows, plan((shape,), device, max_ranges=max_ranges)).schedules[0]
+
+
+def range_of(rows: int | None, ranges: tuple[RowRange, ...]) -> RowRange:
+    """The range that so many rows are in, the last one for None."""
+    return next(found for found in ranges if found.max_rows is None or (rows is not None and rows <= found.max_rows))
+
+
+def refresh() -> None:
+    """Plan anew, with tuned times as they are on disk now. What is compiled stays as it is."""
+    tuned_times.forget()
+    for cached in (_times, _losses, plan, exact_schedule):
+        cached.cache_clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from ..errors import Reason, ReasonCode
 
@@ -65,6 +66,22 @@ class Schedule:
     def without_tma(self) -> Schedule:
         """The same tiles, one a program, with operands loaded by pointers."""
         return dataclasses.replace(self, loop=Loop(grouped=True))
+
+
+LOOP_FIELDS = tuple(field.name for field in dataclasses.fields(Loop))
+FIELDS = (*(field.name for field in dataclasses.fields(Schedule) if field.name != "loop"), *LOOP_FIELDS)
+
+
+def numbers_of(schedule: Schedule) -> tuple[int, ...]:
+    """A schedule as whole numbers in the order of `FIELDS`, for what is written to a file."""
+    return tuple(int(getattr(schedule.loop if name in LOOP_FIELDS else schedule, name)) for name in FIELDS)
+
+
+def schedule_of(numbers: Sequence[int]) -> Schedule:
+    """The schedule of such numbers."""
+    given = dict(zip(FIELDS, numbers, strict=True))
+    loop = Loop(**{name: type(getattr(PLAIN, name))(given.pop(name)) for name in LOOP_FIELDS})
+    return Schedule(loop=loop, **given)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoConfig
 
-from diffulex.benching.shapes import CPU_SHAPES, SHAPES, Shape, case_of_config, case_of_shape
+from diffulex.benching.shapes import CPU_SHAPES, MORE_SHAPES, SHAPES, Shape, case_of_config, case_of_shape
 from lowering.errors import MoEConfigError, MoEOptionError
 
 
@@ -16,7 +16,7 @@ def written(folder, model_type, **fields):
     return folder
 
 
-@pytest.mark.parametrize("name", [*SHAPES, *CPU_SHAPES])
+@pytest.mark.parametrize("name", [*SHAPES, *MORE_SHAPES, *CPU_SHAPES])
 def test_a_shape_by_name(name):
     case = case_of_shape(name)
     assert (case.spec.num_experts, case.spec.hidden_size) == (case.shape.num_experts, case.shape.hidden)

@@ -48,6 +48,8 @@ def test_bytes_flop_and_times_of_each_layer(report):
         assert up.device == "NVIDIA H100 80GB HBM3" and up.rows == rows
         assert layer.cost == Cost(up.device, rows, *(a + b for a, b in zip(values(up), values(down), strict=True)))
         assert layer.measured_us is None
+        assert layer.schedules == "from the cost model"
+        assert f"  schedules   {layer.schedules}" in str(report).splitlines()
         assert [d.subject for d in layer.lowered if d.cost is not None] == ["moe_expert_up", "moe_expert_down"]
 
 

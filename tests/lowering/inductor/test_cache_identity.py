@@ -79,6 +79,9 @@ EDITS = {
 }
 
 
+CONSTANT = ("lowering/inductor/identity.py", '    return hash_sources(_ROOT, "")\n', "    return 64 * '0'\n")
+
+
 class Versions:
     """Copies of the packages, and a process for each that compiles the script's block with one common cache."""
 
@@ -144,11 +147,24 @@ def test_the_same_version_hits(versions):
 @pytest.mark.slow
 def test_without_the_fingerprint_stale_code_is_served(versions):
     """The control: the edited lowering is not run, and nothing but the fingerprint prevents that."""
-    constant = ("lowering/inductor/identity.py", "    return digest.hexdigest()\n", "    return 'constant'\n")
-    versions.copy("constant", constant)
-    versions.copy("constant_edited", constant, EDITS["lowering"][:3])
+    versions.copy("constant", CONSTANT)
+    versions.copy("constant_edited", CONSTANT, EDITS["lowering"][:3])
     assert versions.run("constant", "other_cache") == {"factor": 1.0, **MISS}
     assert versions.run("constant_edited", "other_cache") == {"factor": 1.0, **HIT}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("other", ["", "1"])
+def test_tuned_times_have_code_of_their_own(versions, other):
+    """Where nothing else differs, and behind a pass of someone else's in Inductor's slot."""
+    cache = f"tuned{other}"
+    versions.copy(f"untuned{other}", CONSTANT)
+    versions.copy(
+        f"tuned{other}", CONSTANT, ("lowering/schedule/tuned.py", '        return ""\n', '        return "1f"\n')
+    )
+    assert versions.run(f"untuned{other}", cache, OTHER_PASS=other)["miss"] == 1
+    assert versions.run(f"tuned{other}", cache, OTHER_PASS=other)["miss"] == 1
+    assert versions.run(f"tuned{other}", cache, OTHER_PASS=other)["hit"] == 1
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from lowering.schedule.plan import exact_schedule, plan
 from lowering.schedule.schedule import GemmShape, RowRange
 from tests.support.blocks import Block
 from tests.support.inputs import BlockForm
+from tests.support.tuned import keep, model_times, some_factor, tuned_folder
 
 moe = torch.ops.diffulex
 UP, DOWN = GemmShape(128, 2048, 768, True), GemmShape(128, 768, 2048, False)
@@ -175,3 +176,30 @@ def test_one_graph_per_range_of_rows():
     for found, code in zip(ranges, graphs.codes, strict=True):
         for schedule in found.schedules:
             assert f"BLOCK_M : tl.constexpr = {schedule.block_m}" in code
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_graph_says_whether_its_schedules_were_tuned(dynamic, tmp_path):
+    """Times of the device that is faked, by its name; known row counts have the fastest measured schedules."""
+    register_lowerings()
+    function, device = Block(WIDE), DeviceSpec.of_properties(FAKE)
+    shapes = (GemmShape(64, 256, 128, True), GemmShape(64, 128, 256, False))
+    table = {shape: {24: model_times(shape, device, 24, factor=some_factor)} for shape in shapes}
+    inputs = function.inputs()
+    for tensor in inputs[:3] if dynamic else []:
+        torch._dynamo.mark_dynamic(tensor, 0)
+
+    def told():
+        with collect() as decisions:
+            offline.offline_source(function, inputs)
+        return [{d.outcome for d in decisions if d.subject == name} for name in ("schedules", "row_ranges")]
+
+    with tuned_folder(tmp_path):
+        came_from, before = told()
+        assert came_from == {"from the cost model"}
+        keep(device, table)
+        came_from, (after,) = told()
+        assert came_from == {"from times measured on this device at 24 rows"}
+        assert after not in before
+        best = " and ".join(str(min(table[shape][24], key=table[shape][24].get)) for shape in shapes)
+        assert after == ("; ".join(map(str, plan(shapes, device))) if dynamic else f"24 rows: {best}")

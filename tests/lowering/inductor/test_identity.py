@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import diffulex  # noqa: F401  what it does at import
 from lowering.inductor import identity
@@ -95,6 +96,18 @@ def test_moving_a_switch_moves_the_tag():
     with batch_invariant():
         assert identity.identity() in torch.compiler.config.cache_key_tag != before
     assert torch.compiler.config.cache_key_tag == before
+
+
+def test_the_tag_is_put_right_while_a_graph_is_traced(monkeypatch):
+    """Before its key is made: tuned times may have come since."""
+    with torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag):
+        monkeypatch.setattr(identity.tuned, "mark", lambda: "0123abcd")
+        assert "0123abcd" not in torch.compiler.config.cache_key_tag
+        with FakeTensorMode():
+            ids_TK = torch.zeros(3, 2, dtype=torch.int32)
+            torch.ops.diffulex.moe_dispatch(ids_TK, 4)
+        assert torch.compiler.config.cache_key_tag.endswith(f"diffulex-{identity.identity()}")
+        assert identity.identity().endswith("-0123abcd")
 
 
 @pytest.mark.parametrize("tag", ["", "mine"])
