@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -12,7 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from diffulex.distributed import ExpertLoad, ParallelConfig
 from diffulex.moe import EPFusedMoE, MoESpec, NaiveFusedMoE, TPFusedMoE
+from diffulex.moe.dispatcher import static_dispatcher
 from tests.support.moe_layers import make_layer
+from tests.support.shared_memory import workspace_of_processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Case:
     options: tuple[tuple[str, Any], ...] = ()
     seed: int = 0
     impl: str = "triton"
+    memory: bool = False  # "static" through memory that the processes share
 
     @property
     def mode(self) -> str:
@@ -65,7 +70,11 @@ def make_sharded(case: Case, size: int, replicas: int = 1) -> Any:
     kind = EPFusedMoE if case.mode == "ep" else TPFusedMoE
     parallel = ParallelConfig(mesh_of(size, replicas), dim="ep", **dict(case.options))
     spec = dataclasses.replace(case.spec, moe_gemm_impl=case.impl)
-    layer = kind(spec, parallel=parallel, dtype=case.dtype).eval()
+    sharing = mock.patch.object(static_dispatcher, "workspace_for", workspace_of_processes)
+    with sharing if case.memory else contextlib.nullcontext():
+        layer = kind(spec, parallel=parallel, dtype=case.dtype).eval()
+    if case.memory:
+        assert set(layer.dispatcher.refusals.values()) == {None}
     layer.load_full(case.whole_layer().state_dict())
     return layer
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from lowering import ops
+from lowering.errors import Reason, ReasonCode
 
-from ...distributed.collectives import all_gather, all_to_all, gather
+from ...distributed.symmetric import MOST_BYTES, Workspace, workspace_for
+from ...distributed.tokens import Route, bytes_to_ranks, rows_back, tokens_to_ranks
 from .base_dispatcher import DispatcherOutput, ExchangePlan, TokenDispatcher
 
 
@@ -29,11 +31,6 @@ class StaticDispatchMetadata:
     recv_weights: Tensor
 
 
-def _padded(tensor: Tensor, rows: int, *, fill: int = 0) -> Tensor:
-    """[T, X] -> [rows, X] in the same dtype, filled up at the end; one graph for a full and a partly filled tensor."""
-    return torch.cat((tensor, tensor.new_full((rows, tensor.shape[1]), fill)))[:rows]
-
-
 class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
     """Every token travels once per rank, whatever its experts, into a place fixed by its rank and its number.
 
@@ -43,6 +40,13 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
     grouped GEMMs. The way back is one all-to-all of [R, K, H] (`exact`: per slot, which equals a single rank's result
     bitwise, and so do the gradients of the experts; that of the hidden states adds up per rank, not per slot), or of
     sums [R, H] in fp32.
+
+    Each exchange goes through symmetric memory where the ranks have it and the exchange is small enough to gain by it,
+    through a collective else; `transport` says which, and why. Ranks agree on it when the dispatcher is made, by all of
+    them together.
+
+    workspace  the memory, None where no exchange goes through it
+    refusals   why "dispatch" and "combine" do not, None where they do
     """
 
     def __init__(self, plan: ExchangePlan) -> None:
@@ -50,21 +54,62 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
         assert plan.max_tokens is not None, "ParallelConfig.check asks for max_tokens_per_rank"
         self.capacity = plan.max_tokens
         self.exact = plan.parallel.exact
+        self.workspace, self.refusals = self._reserve()
+
+    def _reserve(self) -> tuple[Workspace | None, dict[str, Reason | None]]:
+        """The memory for the exchanges that are small enough, of what the plan says that tokens will be."""
+        row_bytes = self.plan.row_bytes
+        if row_bytes is None:
+            unknown = Reason(ReasonCode.OPTION, "the plan does not say how large a token is")
+            return None, {"dispatch": unknown, "combine": unknown}
+        needs = {"dispatch": bytes_to_ranks(self.capacity, row_bytes, top_k=self.plan.top_k)}
+        back = self.size * self.capacity * row_bytes
+        # sums are fp32 or wider: twice the bytes of 16 bits
+        needs["combine"] = back * self.plan.top_k if self.exact else back * 2
+        refusals = {
+            name: Reason(ReasonCode.SCHEDULE, f"a collective is faster for {need} bytes") if need > MOST_BYTES else None
+            for name, need in needs.items()
+        }
+        most = max((need for name, need in needs.items() if refusals[name] is None), default=None)
+        if most is None:
+            return None, refusals
+        found = workspace_for(self.plan.parallel.group, self.plan.parallel.mesh.device_type, num_bytes=most)
+        if isinstance(found, Reason):
+            return None, {name: refusals[name] or found for name in needs}
+        return found, refusals
+
+    @property
+    def transport(self) -> str:
+        """How both exchanges travel, and why not through symmetric memory where they do not."""
+        return "; ".join(
+            f"{name} by {'symmetric memory' if reason is None else f'collectives ({reason})'}"
+            for name, reason in self.refusals.items()
+        )
+
+    def _route(self, name: str, needed: int) -> Route:
+        """Through the memory where the plan reserved it and it is large enough for the call, which all ranks make."""
+        space = self.workspace
+        through = space is not None and self.refusals[name] is None and needed <= space.num_bytes
+        return Route(self.group, self.size, space.key if space is not None and through else None)
 
     def _dispatch(
         self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> DispatcherOutput[StaticDispatchMetadata]:
         known_TK = self._known(ids_TK)
         slot_ranks_TK = self.rank_of_expert[known_TK]
-        recv_RH = all_gather(_padded(hidden_TH, self.capacity), self.size, group=self.group)
-        known_CK = _padded(known_TK.int(), self.capacity, fill=self.num_experts)
-        known_RK = gather(known_CK, self.size, group=self.group).long()
+        # 0 is no expert, as the places without a token are zeros; so one less is an index into the tables, from their
+        # end where it is -1.
+        places_TK = torch.where(known_TK < self.num_experts, known_TK + 1, 0)
+        row_bytes = hidden_TH.shape[1] * hidden_TH.element_size()
+        recv_RH, weights_RK, places_RK = tokens_to_ranks(
+            hidden_TH,
+            weights_TK.detach() if self.exact else weights_TK,  # applied where they are; what travels is for the record
+            places_TK,
+            capacity=self.capacity,
+            route=self._route("dispatch", bytes_to_ranks(self.capacity, row_bytes, top_k=self.plan.top_k)),
+        )
+        known_RK = places_RK.long() - 1
         rows_RK = torch.where(self.rank_of_expert[known_RK] == self.rank, self.row_of_expert[known_RK], -1)
-        weights_CK = _padded(weights_TK, self.capacity)
-        if self.exact:  # they are applied where they are; what travels is for the record
-            weights_RK = gather(weights_CK.detach(), self.size, group=self.group)
-        else:
-            weights_RK = all_gather(weights_CK, self.size, group=self.group)
         metadata = StaticDispatchMetadata(hidden_TH.shape[0], slot_ranks_TK, weights_TK, weights_RK)
         return DispatcherOutput(metadata, recv_RH, rows_RK, weights_RK)
 
@@ -75,8 +120,7 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
         return self._of_slots(slots_NH, metadata) if self.exact else self._of_sums(slots_NH, metadata)
 
     def _back(self, rows: Tensor) -> Tensor:
-        splits = [rows.shape[0] // self.size] * self.size
-        return all_to_all(rows, splits, send=splits, group=self.group)
+        return rows_back(rows, self._route("combine", rows.shape[0] * rows.shape[1] * rows.element_size()))
 
     def _of_slots(self, slots_NH: Tensor, metadata: StaticDispatchMetadata) -> Tensor:
         """Each slot's result from the rank of its expert, and zeros where there is none."""

@@ -367,3 +367,37 @@ def test_a_dispatcher_is_made_for_one_plan(mesh):
         plan.top_k = 3
     assert plan.placement == ExpertPlacement(((0, 1, 2, 3),))
     assert ExpertPlacement.even(7, 3).owned == ((0, 1, 2), (3, 4), (5, 6))
+
+
+def test_how_static_exchanges_travel_is_said(mesh, monkeypatch):
+    """Each for itself, by what the plan says it will move; a call of another width than planned takes a collective."""
+    from diffulex.moe.dispatcher import static_dispatcher
+    from tests.support.shared_memory import workspace_of_processes
+
+    plan = dataclasses.replace(plan_of(mesh), row_bytes=4 * HIDDEN)
+    on_cpu = "collectives (NOT_CUDA: symmetric memory is for CUDA devices, the mesh is on cpu)"
+    found = build_token_dispatcher("static", plan)
+    assert found.workspace is None and found.transport == f"dispatch by {on_cpu}; combine by {on_cpu}"
+    assert "the plan does not say how large" in build_token_dispatcher("static", plan_of(mesh)).transport
+    layer = EPFusedMoE(SPECS["qwen3"], parallel=ParallelConfig(mesh, dim="ep", **STATIC))
+    assert f"dispatcher='static': dispatch by {on_cpu}" in repr(layer)
+    naive = EPFusedMoE(SPECS["qwen3"], parallel=ParallelConfig(mesh, dim="ep"))
+    assert "dispatcher='naive': collectives" in repr(naive)
+
+    monkeypatch.setattr(static_dispatcher, "workspace_for", workspace_of_processes)
+    monkeypatch.setattr(static_dispatcher, "MOST_BYTES", 2048)
+    both, first, neither = (
+        build_token_dispatcher("static", dataclasses.replace(plan, row_bytes=size)) for size in (32, 256, 999)
+    )
+    assert both.transport == "dispatch by symmetric memory; combine by symmetric memory"
+    assert both.workspace.num_bytes == 256 + 256
+    slower = "collectives (SCHEDULE: a collective is faster for 2560 bytes)"
+    assert first.transport == f"dispatch by symmetric memory; combine by {slower}"
+    assert first._route("dispatch", 8).workspace is not None and first._route("combine", 8).workspace is None
+    assert neither.workspace is None and "faster for 9990 bytes" in neither.transport
+    for width, key in ((HIDDEN, both.workspace.key), (8 * HIDDEN, None)):
+        hidden, ids, weights = tokens(5)
+        out = both.dispatch(hidden.repeat(1, width // HIDDEN), ids, weights)
+        assert torch.equal(out.recv_hidden_states, hidden.repeat(1, width // HIDDEN))
+        assert both._route("dispatch", 5 * width * 4 + 256).workspace == key
+        both.combine(identity(out), out.metadata)

@@ -124,6 +124,15 @@ def test_static_exchange_equals_one_rank_bitwise(ranks, case):
         assert_near_exact(found["hidden"], wanted["hidden"], what="hidden")
 
 
+@given(st.sampled_from(["static", "sums"]).flatmap(lambda how: cases(EXCHANGES[how])))
+def test_shared_memory_equals_collectives_bitwise(ranks, case):
+    """Output and all gradients, the workspace used by one call after another."""
+    wanted = ranks.run(rank_cases.run_experts, case, RANKS)
+    found = ranks.run(rank_cases.run_experts, dataclasses.replace(case, memory=True), RANKS)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert_bitwise(mine, theirs, theirs)
+
+
 @given(
     st.sampled_from(["sums", "experts", "width"]).flatmap(lambda n: cases({**EXCHANGES, **SPLITS}[n], aligned=False))
 )
@@ -239,9 +248,18 @@ STEPS = ((0, 1), (1, 0), (5, 9), (9, 2), (3, 0))
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize(("name", "how"), [("qwen2_moe", "static"), ("weight_on_input", "static"), ("qwen3", "sums")])
-def test_static_exchange_compiles_into_one_graph(pair, name, how, train):
-    case = Case(SPECS[name], (), torch.float64, EXCHANGES[how])
+@pytest.mark.parametrize(
+    ("name", "how", "memory"),
+    [
+        ("qwen2_moe", "static", False),
+        ("weight_on_input", "static", False),
+        ("qwen3", "sums", False),
+        ("qwen3", "static", True),
+        ("qwen3", "sums", True),
+    ],
+)
+def test_static_exchange_compiles_into_one_graph(pair, name, how, memory, train):
+    case = Case(SPECS[name], (), torch.float64, EXCHANGES[how], memory=memory)
     for told in pair.run(rank_cases.run_compiled, case, 2, "aot_eager", STEPS, train):
         assert told["graphs"] <= 3 and told["stage"] == "COMBINED"
         for found, wanted in told["results"]:
@@ -250,8 +268,9 @@ def test_static_exchange_compiles_into_one_graph(pair, name, how, train):
 
 
 @pytest.mark.slow
-def test_inductor_compiles_the_static_exchange(pair):
-    case = Case(SPECS["qwen3"], (), torch.float64, STATIC)
+@pytest.mark.parametrize("memory", [False, True])
+def test_inductor_compiles_the_static_exchange(pair, memory):
+    case = Case(SPECS["qwen3"], (), torch.float64, STATIC, memory=memory)
     for told in pair.run(rank_cases.run_compiled, case, 2, "inductor", STEPS[2:4], False):
         for found, wanted in told["results"]:
             assert_near_exact(found["out"], wanted["out"])
