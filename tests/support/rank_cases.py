@@ -234,3 +234,10 @@ def make_fresh(rank: int, case: Case, size: int) -> dict[str, Tensor]:
     parallel = ParallelConfig(mesh_of(size), dim="ep", **dict(case.options))
     layer = (EPFusedMoE if case.mode == "ep" else TPFusedMoE)(case.spec, parallel=parallel)
     return {"text": repr(layer), **layer.state_dict()}
+
+
+def run_bench(rank: int, options: Any) -> list[dict[str, Any]]:
+    """The rows of `benchmarks.bench_parallel` on this rank."""
+    from benchmarks.bench_parallel import run_on_rank
+
+    return run_on_rank(rank, options, init_device_mesh("cpu", (options.ranks,)))
