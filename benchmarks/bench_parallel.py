@@ -4,14 +4,15 @@
 
 From hidden states, ids and weights to the weighted sum of the experts, compiled, bf16. Starts its own processes. Ways:
 `naive` (exact splits, read on the host), `static` and `sums` (static shapes; results of slots, or fp32 sums, travel
-back), `tp-experts` and `tp-width`. Times are medians over rounds, of the slowest rank, in microseconds: of CUDA graphs,
-but for `naive`, whose exchange no graph holds. `gain` is the throughput as a multiple of one GPU's; `parts` the sum of
-dispatch, experts and combine, each timed alone, over the whole: more than 1 where they overlap. `share` is what of the
-parts is communication (with the sums of K slots in `combine`, but for tp). `pair` is dispatch and combine in one CUDA
-graph without experts, `pair nccl` the same without symmetric memory. Each way is checked before it is timed: against a
-single rank that has the tokens of all, bit by bit, and by the ratio rule on sampled rows; a wrong one stops the run.
-Stops before a cell that would go past --seconds, and names what was left out. With --device cpu, over gloo and without
-compilation, it only shows that it runs.
+back), `parts` (`sums` in four parts, whose exchanges go on beside the GEMMs), `tp-experts` and `tp-width`. Times are
+medians over rounds, of the slowest rank, in microseconds: of CUDA graphs, but for `naive`, whose exchange no graph
+holds. `gain` is the throughput as a multiple of one GPU's; `overlap` the sum of dispatch, experts and combine, each
+timed alone (for `parts` as whole ones), over the whole. `share` is what of that sum is communication (with the sums of
+K slots in `combine`, but for tp). `pair` is dispatch and combine in one CUDA graph without experts, `pair nccl` the
+same without symmetric memory. Each way is checked before it is timed: against a single rank that has the tokens of all,
+bit by bit, and by the ratio rule on sampled rows; a wrong one stops the run. Stops before a cell that would go past
+--seconds, and names what was left out. With --device cpu, over gloo and without compilation, it only shows that it
+runs.
 """
 
 from __future__ import annotations
@@ -51,16 +52,17 @@ WAYS: dict[str, dict[str, Any]] = {
     "naive": {"dispatcher": "naive"},
     "static": {"dispatcher": "static"},
     "sums": {"dispatcher": "static", "exact": False},
+    "parts": {"dispatcher": "static", "exact": False, "chunks": 4},
     "tp-experts": {"mode": "tp"},
     "tp-width": {"mode": "tp", "shard": "width"},
 }
 PARTS = ("dispatch", "experts", "combine")
 COLUMNS = (
     *("device", "ranks", "shape", "experts_in_all", "tokens", "way", "one_us", "time_us", "gain"),
-    *("dispatch_us", "experts_us", "combine_us", "share", "parts", "pair_us", "pair_nccl_us"),
+    *("dispatch_us", "experts_us", "combine_us", "share", "overlap", "pair_us", "pair_nccl_us"),
     *("graph", "host_syncs", "check", "transport"),
 )
-SHOWN = ("shape", "tokens", "way", "one_us", "time_us", "gain", *(f"{part}_us" for part in PARTS), "share", "parts")
+SHOWN = ("shape", "tokens", "way", "one_us", "time_us", "gain", *(f"{part}_us" for part in PARTS), "share", "overlap")
 SHOWN = (*SHOWN, "pair_us", "pair_nccl_us", "check")
 
 
@@ -253,7 +255,7 @@ def measure(
         "time_us": f"{time_us:.4g}",
         "gain": f"{one_us / time_us * (1 if tensor_parallel else bench.options.ranks):.3f}",
         "share": f"{1 - parts['experts'] / every:.3f}",
-        "parts": f"{every / time_us:.3f}",
+        "overlap": f"{every / time_us:.3f}",
         "graph": bench.cuda and way != "naive",
         "host_syncs": syncs,
         "check": "; ".join(sorted(set(told_by_ranks(bench.group, check)))),

@@ -269,11 +269,13 @@ def compare(file: Path, *, links: Links | None = None) -> list[Comparison]:
     with file.open(newline="", encoding="utf-8") as lines:
         for row in csv.DictReader(lines):
             device = next((spec for spec in (H100, H200) if spec.name in row["device"]), None)
-            way = {"tp-experts": "tp", "tp-width": None}.get(row["way"], row["way"])
+            way = {"tp-experts": "tp", "tp-width": None, "parts": "sums"}.get(row["way"], row["way"])
+            chunks = 4 if row["way"] == "parts" else 1
             if device is None or way is None:
                 continue
             shape = dataclasses.replace(SHAPES[row["shape"]], num_experts=int(row["experts_in_all"]))
-            told = simulate(Scenario(shape, int(row["ranks"]), int(row["tokens"]), way), links=links, device=device)
+            scenario = Scenario(shape, int(row["ranks"]), int(row["tokens"]), way, chunks=chunks)
+            told = simulate(scenario, links=links, device=device)
             phases = {"dispatch": told.dispatch, "experts": told.experts, "combine": told.combine, "time": told.step}
             for phase, seconds in phases.items():
                 if row[f"{phase}_us"]:

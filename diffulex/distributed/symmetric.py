@@ -82,21 +82,22 @@ class Workspace:
     ) -> None:
         self.handle, self.num_bytes, self.key = handle, num_bytes, key
         self.group, self._memory = group, memory  # kept alive
+        self.flight: Any = None  # what `overlap` has under way
         _WORKSPACES[key] = self
 
     def gather(self, parts: Sequence[Tensor], capacity: int) -> list[Tensor]:
         """Tensors [T, X] of any dtype, T <= capacity C on each rank -> [ranks * C, X], with zeros behind the T rows."""
         shapes = [((capacity, *part.shape[1:]), part.dtype) for part in parts]
-        offsets = self._offsets(shapes)
+        offsets = self.offsets(shapes)
         for part, (sizes, _), offset in zip(parts, shapes, offsets, strict=True):
-            own, count = self._view(self.handle.rank, sizes, part.dtype, offset), part.shape[0]
+            own, count = self.view(self.handle.rank, sizes, dtype=part.dtype, offset=offset), part.shape[0]
             own[:count].copy_(part)
             if count < capacity:
                 own[count:].zero_()
         self.handle.barrier()
         every = range(self.handle.world_size)
         gathered = [
-            torch.cat([self._view(rank, sizes, dtype, offset) for rank in every])
+            torch.cat([self.view(rank, sizes, dtype=dtype, offset=offset) for rank in every])
             for (sizes, dtype), offset in zip(shapes, offsets, strict=True)
         ]
         self.handle.barrier()
@@ -104,23 +105,24 @@ class Workspace:
 
     def all_to_all(self, rows: Tensor) -> Tensor:
         """The r-th of equal parts of rows [R, ...], any dtype, to rank r; [R, ...] with rank 0's for this one first."""
-        self._offsets([(rows.shape, rows.dtype)])
+        self.offsets([(rows.shape, rows.dtype)])
         rank, size = self.handle.rank, self.handle.world_size
         count = rows.shape[0] // size
         start, stop = rank * count, (rank + 1) * count
-        own = self._view(rank, rows.shape, rows.dtype, 0)
+        own = self.view(rank, rows.shape, dtype=rows.dtype)
         own[:start].copy_(rows[:start])  # what stays here is not read from here
         own[stop:].copy_(rows[stop:])
         self.handle.barrier()
         found = [
-            (rows if source == rank else self._view(source, rows.shape, rows.dtype, 0))[start:stop]
+            (rows if source == rank else self.view(source, rows.shape, dtype=rows.dtype))[start:stop]
             for source in range(size)
         ]
         received = torch.cat(found)
         self.handle.barrier()
         return received
 
-    def _offsets(self, parts: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[int]:
+    def offsets(self, parts: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[int]:
+        """`offsets_of`; raises `MoERangeError` where the parts do not fit."""
         offsets, end = offsets_of(parts)
         if end > self.num_bytes:
             raise MoERangeError.of(
@@ -131,11 +133,17 @@ class Workspace:
             )
         return offsets
 
-    def _view(self, rank: int, sizes: Sequence[int], dtype: torch.dtype, offset: int) -> Tensor:
+    def view(self, rank: int, sizes: Sequence[int], *, dtype: torch.dtype, offset: int = 0) -> Tensor:
+        """A part [...] of a rank's buffer in a dtype, from a byte on."""
         return self.handle.get_buffer(rank, tuple(sizes), dtype=dtype, storage_offset=offset // dtype.itemsize)
 
 
 _WORKSPACES: weakref.WeakValueDictionary[str, Workspace] = weakref.WeakValueDictionary()
+
+
+def workspace_of(key: str) -> Workspace:
+    """The workspace of a key, which layers keep alive."""
+    return _WORKSPACES[key]
 
 
 def _gather(parts: list[Tensor], capacity: int, size: int, workspace: str) -> list[Tensor]:

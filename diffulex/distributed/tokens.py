@@ -35,15 +35,32 @@ def _padded(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat((tensor, tensor.new_zeros(rows, tensor.shape[1])))[:rows]
 
 
-def _gathered(parts: list[Tensor], capacity: int, route: Route) -> list[Tensor]:
+def gathered(parts: list[Tensor], capacity: int, *, route: Route) -> list[Tensor]:
+    """Tensors [T, X] of any dtype -> [ranks * C, X] in it, zeros in the places without a token; not differentiable."""
     if route.workspace is not None:
         return gather_op(parts, capacity, route.size, route.workspace)  # type: ignore[no-any-return]
     return [gather(_padded(part, capacity), route.size, group=route.group) for part in parts]
 
 
-def _words_of(weights: Tensor) -> tuple[torch.dtype, torch.dtype]:
+def packed(places_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Places [T, K] int and weights [T, K] floating side by side, [T, 2K] int32 or int64."""
+    wide, words = _words_of(weights_TK.dtype)
+    return torch.cat((places_TK.to(words), weights_TK.to(wide).view(words)), dim=1)
+
+
+def unpacked(details_RD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Places [R, K] int and weights [R, K] in their floating dtype, from details [R, 2K] int32 or int64."""
+    wide, _ = _words_of(dtype)
+    top_k = details_RD.shape[1] // 2
+    weights_RK = details_RD[:, top_k:].contiguous().view(wide)
+    if wide != dtype:  # torch 2.11 compiles a Function that ends in a cast of nothing without a gradient
+        weights_RK = weights_RK.to(dtype)
+    return details_RD[:, :top_k].contiguous(), weights_RK
+
+
+def _words_of(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
     """A floating and an integer dtype of the same size that hold weights of that dtype."""
-    return (torch.float64, torch.int64) if weights.dtype == torch.float64 else (torch.float32, torch.int32)
+    return (torch.float64, torch.int64) if dtype == torch.float64 else (torch.float32, torch.int32)
 
 
 class _TokensToRanks(torch.autograd.Function):
@@ -53,14 +70,9 @@ class _TokensToRanks(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(places_TK)
         ctx.route = route
-        wide, words = _words_of(weights_TK)
-        details = torch.cat((places_TK.to(words), weights_TK.to(wide).view(words)), dim=1)
-        hidden_RH, details = _gathered([hidden_TH, details], capacity, route)
-        top_k = places_TK.shape[1]
-        weights_RK = details[:, top_k:].contiguous().view(wide)
-        if wide != weights_TK.dtype:  # torch 2.11 compiles a Function that ends in a cast of nothing without a gradient
-            weights_RK = weights_RK.to(weights_TK.dtype)
-        places_RK = details[:, :top_k].contiguous()
+        details = packed(places_TK, weights_TK)
+        hidden_RH, details = gathered([hidden_TH, details], capacity, route=route)
+        places_RK, weights_RK = unpacked(details, weights_TK.dtype)
         ctx.mark_non_differentiable(places_RK)
         return hidden_RH, weights_RK, places_RK
 

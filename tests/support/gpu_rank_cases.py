@@ -26,9 +26,9 @@ def _mesh(size: int) -> DeviceMesh:
     return init_device_mesh("cuda", (size,))
 
 
-def _layers(size: int, exact: bool) -> tuple[Any, Any]:
+def _layers(size: int, exact: bool, chunks: int = 1) -> tuple[Any, Any]:
     """One layer through symmetric memory and the same weights through collectives, bf16."""
-    options = {"dispatcher": "static", "max_tokens_per_rank": CAPACITY, "exact": exact}
+    options = {"dispatcher": "static", "max_tokens_per_rank": CAPACITY, "exact": exact, "chunks": chunks}
     device = torch.device("cuda", torch.cuda.current_device())
     layer = EPFusedMoE(SPEC, parallel=ParallelConfig(_mesh(size), **options), device=device, dtype=torch.bfloat16)
     layer.load_full(make_layer(SPEC, dtype=torch.bfloat16).to(device).state_dict())
@@ -66,13 +66,13 @@ def _compiled(layer: Any) -> Callable[..., Tensor]:
     return torch.compile(layer.run_experts, fullgraph=True, dynamic=False)
 
 
-def replayed(rank: int, size: int, exact: bool, rounds: int) -> list[int]:
+def replayed(rank: int, size: int, exact: bool, rounds: int, chunks: int = 1) -> list[int]:
     """The rounds in which a CUDA graph of three calls gave another result than collectives outside of graphs.
 
     Between replays the ranks wait for different times, so that each is ahead of the other now and then, and a call
     outside of the graph comes in, of another layer that shares the memory.
     """
-    layer, other = _layers(size, exact)
+    layer, other = _layers(size, exact, chunks)
     inputs = _inputs(rank, CAPACITY, 0)
 
     def thrice(run: Callable[..., Tensor]) -> list[Tensor]:
@@ -129,9 +129,9 @@ def dispatched_only(rank: int, size: int, rounds: int) -> list[int]:
     return differing
 
 
-def without_host(rank: int, size: int, exact: bool) -> str:
+def without_host(rank: int, size: int, exact: bool, chunks: int = 1) -> str:
     """Nothing, or what torch says of a call that waits for the device: in eager and in compiled code."""
-    layer, _ = _layers(size, exact)
+    layer, _ = _layers(size, exact, chunks)
     inputs = _inputs(rank, CAPACITY, 0)
     with torch.no_grad():
         for run in (layer.run_experts, _compiled(layer)):

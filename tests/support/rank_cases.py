@@ -70,7 +70,9 @@ def make_sharded(case: Case, size: int, replicas: int = 1) -> Any:
     kind = EPFusedMoE if case.mode == "ep" else TPFusedMoE
     parallel = ParallelConfig(mesh_of(size, replicas), dim="ep", **dict(case.options))
     spec = dataclasses.replace(case.spec, moe_gemm_impl=case.impl)
-    sharing = mock.patch.object(static_dispatcher, "workspace_for", workspace_of_processes)
+    chunks = dict(case.options).get("chunks", 0)
+    shared = functools.partial(workspace_of_processes, of_call=2 + chunks)
+    sharing = mock.patch.object(static_dispatcher, "workspace_for", shared)
     with sharing if case.memory else contextlib.nullcontext():
         layer = kind(spec, parallel=parallel, dtype=case.dtype).eval()
     if case.memory:
@@ -112,6 +114,18 @@ def run_experts(rank: int, case: Case, size: int, replicas: int = 1) -> dict[str
     layer = make_sharded(case, size, replicas)
     parts = [case.part(tensor, rank % size) for tensor in case.all_inputs()]
     return expert_results(layer, *parts)
+
+
+def run_in_parts(rank: int, case: Case, size: int, compiled: bool = False) -> list[Tensor]:
+    """Outputs of two calls of the routed experts on this rank, without gradients; the second compiled where asked."""
+    layer = make_sharded(case, size)
+    parts = [case.part(tensor, rank % size) for tensor in case.all_inputs()]
+    run = layer.run_experts
+    if compiled:
+        torch._dynamo.reset()
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        return [layer.run_experts(*parts), run(*parts)]
 
 
 def run_second(rank: int, case: Case, size: int) -> dict[str, Tensor]:

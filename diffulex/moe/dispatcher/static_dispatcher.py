@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,8 +11,10 @@ from torch import Tensor
 from lowering import ops
 from lowering.errors import Reason, ReasonCode
 
+from ...distributed.overlap import bytes_in_parts
+from ...distributed.parts import Parts, PartsOfCollectives, PartsOfMemory
 from ...distributed.symmetric import MOST_BYTES, Workspace, workspace_for
-from ...distributed.tokens import Route, bytes_to_ranks, rows_back, tokens_to_ranks
+from ...distributed.tokens import Route, bytes_to_ranks, packed, rows_back, tokens_to_ranks, unpacked
 from .base_dispatcher import DispatcherOutput, ExchangePlan, TokenDispatcher
 
 
@@ -46,14 +49,14 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
     them together.
 
     workspace  the memory, None where no exchange goes through it
-    refusals   why "dispatch" and "combine" do not, None where they do
+    refusals   why "dispatch" and "combine", and "parts" where there are chunks, do not, None where they do
     """
 
     def __init__(self, plan: ExchangePlan) -> None:
         super().__init__(plan)
         assert plan.max_tokens is not None, "ParallelConfig.check asks for max_tokens_per_rank"
-        self.capacity = plan.max_tokens
-        self.exact = plan.parallel.exact
+        self.exact, self.chunks = plan.parallel.exact, plan.parallel.chunks
+        self.capacity = -(-plan.max_tokens // self.chunks) * self.chunks
         self.workspace, self.refusals = self._reserve()
 
     def _reserve(self) -> tuple[Workspace | None, dict[str, Reason | None]]:
@@ -61,7 +64,7 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
         row_bytes = self.plan.row_bytes
         if row_bytes is None:
             unknown = Reason(ReasonCode.OPTION, "the plan does not say how large a token is")
-            return None, {"dispatch": unknown, "combine": unknown}
+            return None, dict.fromkeys(("dispatch", "combine", *self._in_parts), unknown)
         needs = {"dispatch": bytes_to_ranks(self.capacity, row_bytes, top_k=self.plan.top_k)}
         back = self.size * self.capacity * row_bytes
         # sums are fp32 or wider: twice the bytes of 16 bits
@@ -70,6 +73,9 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
             name: Reason(ReasonCode.SCHEDULE, f"a collective is faster for {need} bytes") if need > MOST_BYTES else None
             for name, need in needs.items()
         }
+        for name in self._in_parts:  # they gain by what overlaps, however many bytes there are
+            needs[name] = bytes_in_parts(self.capacity, row_bytes, top_k=self.plan.top_k, size=self.size)
+            refusals[name] = None
         most = max((need for name, need in needs.items() if refusals[name] is None), default=None)
         if most is None:
             return None, refusals
@@ -79,8 +85,12 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
         return found, refusals
 
     @property
+    def _in_parts(self) -> tuple[str, ...]:
+        return ("parts",) if self.chunks > 1 else ()
+
+    @property
     def transport(self) -> str:
-        """How both exchanges travel, and why not through symmetric memory where they do not."""
+        """How exchanges travel, and why not through symmetric memory where they do not."""
         return "; ".join(
             f"{name} by {'symmetric memory' if reason is None else f'collectives ({reason})'}"
             for name, reason in self.refusals.items()
@@ -97,21 +107,54 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
     ) -> DispatcherOutput[StaticDispatchMetadata]:
         known_TK = self._known(ids_TK)
         slot_ranks_TK = self.rank_of_expert[known_TK]
-        # 0 is no expert, as the places without a token are zeros; so one less is an index into the tables, from their
-        # end where it is -1.
-        places_TK = torch.where(known_TK < self.num_experts, known_TK + 1, 0)
         row_bytes = hidden_TH.shape[1] * hidden_TH.element_size()
         recv_RH, weights_RK, places_RK = tokens_to_ranks(
             hidden_TH,
             weights_TK.detach() if self.exact else weights_TK,  # applied where they are; what travels is for the record
-            places_TK,
+            self._places(known_TK),
             capacity=self.capacity,
             route=self._route("dispatch", bytes_to_ranks(self.capacity, row_bytes, top_k=self.plan.top_k)),
         )
-        known_RK = places_RK.long() - 1
-        rows_RK = torch.where(self.rank_of_expert[known_RK] == self.rank, self.row_of_expert[known_RK], -1)
+        rows_RK = self._rows(places_RK)
         metadata = StaticDispatchMetadata(hidden_TH.shape[0], slot_ranks_TK, weights_TK, weights_RK)
         return DispatcherOutput(metadata, recv_RH, rows_RK, weights_RK)
+
+    def _places(self, known_TK: Tensor) -> Tensor:
+        """What travels of ids: 0 is no expert, as the places without a token are zeros."""
+        return torch.where(known_TK < self.num_experts, known_TK + 1, 0)
+
+    def _rows(self, places_RK: Tensor) -> Tensor:
+        """Rows of this rank's weights, -1 for none; one less than a place is an index, from the end where it is -1."""
+        known_RK = places_RK.long() - 1
+        return torch.where(self.rank_of_expert[known_RK] == self.rank, self.row_of_expert[known_RK], -1)
+
+    def run_in_parts(
+        self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, run: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """`dispatch`, experts and `combine` part by part, the exchange of one beside the experts of another.
+
+        hidden [T, H] floating, ids [T, K] int, weights [T, K] floating; `run` makes slots [X * K, H] of rows [X, H] and
+        ids [X, K] int32. Returns [T, H] in the dtype of hidden; not differentiable. Errors as `dispatch`.
+        """
+        if self._pending is not None:
+            raise self._out_of_order("run_in_parts", "`combine` of the tokens dispatched before")
+        self._check(hidden_TH, ids_TK, weights_TK)
+        exchange = self._parts(hidden_TH, packed(self._places(self._known(ids_TK)), weights_TK))
+        wide = torch.promote_types(hidden_TH.dtype, torch.float32)
+        for chunk in range(self.chunks):
+            rows_XH, details_XD = exchange.rows(chunk)
+            places_XK, weights_XK = unpacked(details_XD, weights_TK.dtype)
+            slots_NH = run(rows_XH, self._rows(places_XK))
+            exchange.send(ops.moe_combine(slots_NH.to(wide), weights_XK), chunk)
+        out_CH = exchange.collect()
+        return out_CH.index_select(0, torch.arange(hidden_TH.shape[0], device=out_CH.device))
+
+    def _parts(self, hidden_TH: Tensor, details_TD: Tensor) -> Parts:
+        row_bytes = hidden_TH.shape[1] * hidden_TH.element_size()
+        needed = bytes_in_parts(self.capacity, row_bytes, top_k=self.plan.top_k, size=self.size)
+        route = self._route("parts", needed)
+        kind = PartsOfMemory if route.workspace is not None else PartsOfCollectives
+        return kind(hidden_TH, details_TD, capacity=self.capacity, chunks=self.chunks, route=route)
 
     def _num_slots(self, metadata: StaticDispatchMetadata) -> int:
         return self.size * self.capacity * self.plan.top_k

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,9 +11,12 @@ from torch import Tensor
 from lowering.reference.moe_block import ExpertWeights
 
 from ...distributed.parallel import ParallelConfig
-from ..dispatcher import ExchangePlan, TokenDispatcher, build_token_dispatcher
+from ..dispatcher import ExchangePlan, build_token_dispatcher
 from .sharded import ShardedFusedMoE
 from .spec import MoESpec
+
+if TYPE_CHECKING:
+    from ..dispatcher.static_dispatcher import StaticDispatcher
 
 
 class EPFusedMoE(ShardedFusedMoE):
@@ -30,7 +34,7 @@ class EPFusedMoE(ShardedFusedMoE):
     mode = "ep"
 
     def _prepare(self, parallel: ParallelConfig) -> None:
-        self.dispatcher: TokenDispatcher[Any] = build_token_dispatcher(
+        self.dispatcher: Any = build_token_dispatcher(
             parallel.dispatcher, _plan(self.spec, parallel, dtype=self.w13.dtype)
         )
 
@@ -46,6 +50,10 @@ class EPFusedMoE(ShardedFusedMoE):
         return self._run_placed(hidden_TH.to(self.w13.dtype), weights_TK, ids_TK)
 
     def _run_weighted(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+        if self.parallel.chunks > 1 and not torch.is_grad_enabled():
+            static: StaticDispatcher = self.dispatcher
+            run = functools.partial(self._slots, experts=experts)
+            return static.run_in_parts(hidden_TH, ids_TK, weights_TK, run=run)
         sent = self.dispatcher.dispatch(hidden_TH, ids_TK, weights_TK)
         slots_NH = self._slots(sent.recv_hidden_states, sent.recv_local_expert_ids, experts=experts)
         return self.dispatcher.combine(slots_NH, sent.metadata)
