@@ -244,11 +244,14 @@ def _refusal(device: int) -> str | None:
 
 
 def _open(group: ProcessGroup, num_bytes: int, key: str) -> Workspace | Reason:
-    from torch.distributed import _symmetric_memory as symmetric
+    from torch._C._distributed_c10d import _SymmetricMemory
 
+    device = torch.device("cuda", torch.cuda.current_device())
     try:
-        memory = symmetric.empty(num_bytes, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
-        handle = symmetric.rendezvous(memory, group)
+        # An allocation of its own, from no pool: what a pool still holds may differ from rank to rank, and so would the
+        # place in it.
+        memory = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
+        handle = _SymmetricMemory.rendezvous(memory, group.group_name)
     except RuntimeError as error:
         return Reason(ReasonCode.PEERS, f"{type(error).__name__}: {str(error)[:200]}")
     return Workspace(handle, num_bytes, key=key, group=group, memory=memory)
