@@ -115,6 +115,7 @@ class ReasonCode(enum.Enum):
     UNLIKE = "through the ops the module does not compute what its own code does"
     NO_CODE = "the graph is run as it is, without generated code"
     ABSENT = "a package that it needs is not here"
+    PEERS = "the ranks cannot read one another's memory"
     MEMORY = "it would take more memory than there is for it"
     STORAGE = "a file cannot be read or written"
     UNVERIFIED = "there is no output of the module's own code to compare with"

@@ -22,14 +22,20 @@ def flat_fields(value: Any, prefix: str = "") -> dict[str, str]:
     return found
 
 
+def told_by_ranks(group: ProcessGroup, value: Any) -> list[Any]:
+    """What every rank of the group says, in their order; each has to call it."""
+    told: list[Any] = [None] * group.size()
+    distributed.all_gather_object(told, value, group=group)
+    return told
+
+
 def check_agreement(where: str, group: ProcessGroup, *, fields: Mapping[str, str], problem: str | None = None) -> None:
     """Raise `MoEParallelError` on every rank of the group where a field differs, naming it, its values and the ranks.
 
     problem: why this rank cannot go on; the other ranks then raise with it, instead of waiting for this one.
     Every rank of the group must call it. Ranks are numbered as in the whole job.
     """
-    told: list[Any] = [None] * group.size()
-    distributed.all_gather_object(told, (dict(fields), problem), group=group)
+    told = told_by_ranks(group, (dict(fields), problem))
     ranks = distributed.get_process_group_ranks(group)
     failed = {rank: reason for rank, (_, reason) in zip(ranks, told, strict=True) if reason is not None}
     if failed:

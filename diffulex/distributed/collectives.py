@@ -61,19 +61,6 @@ class _AllToAll(torch.autograd.Function):
         return exchange(grad, ctx.send, send=ctx.recv, group=ctx.group), None, None, None
 
 
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, size: int, group: str) -> Tensor:
-        ctx.size, ctx.group = size, group
-        return gather(rows, size, group=group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        count = grad.shape[0] // ctx.size
-        back = exchange(grad, [count] * ctx.size, send=[count] * ctx.size, group=ctx.group)
-        return back.unflatten(0, (ctx.size, count)).sum(0, dtype=_wide(grad)).to(grad.dtype), None, None
-
-
 class _CopyToRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: str) -> Tensor:
@@ -99,11 +86,6 @@ class _SumOfRanks(torch.autograd.Function):
 def all_to_all(rows: Tensor, recv: list[int], *, send: list[int], group: str) -> Tensor:
     """`exchange` of floating rows [S, ...] -> [R, ...]; the gradient goes the way back."""
     return _AllToAll.apply(rows, recv, send, group)
-
-
-def all_gather(rows: Tensor, size: int, *, group: str) -> Tensor:
-    """`gather` of floating rows [C, ...] -> [size * C, ...]; the gradients of all ranks are added up."""
-    return _AllGather.apply(rows, size, group)
 
 
 def copy_to_ranks(tensor: Tensor, group: str) -> Tensor:

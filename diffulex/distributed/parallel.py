@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 MODES = ("ep", "tp")
 SHARDS = ("experts", "width")
 DISPATCHERS = ("naive", "static", "deepep")
+MOST_CHUNKS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ class ParallelConfig:
     max_tokens_per_rank  for "static", the most tokens a rank may bring to one call
     exact                for "static": the result of each slot travels back, so that the layer equals the one on a
                          single rank bitwise; else one fp32 sum per token and rank, a K-th of the rows
+    chunks               for "static" with exact=False: parts of the tokens, so that the exchange of one overlaps the
+                         GEMMs of another where ranks share memory; under `torch.no_grad()` alone
     """
 
     mesh: DeviceMesh
@@ -42,6 +45,7 @@ class ParallelConfig:
     dispatcher: str = "naive"
     max_tokens_per_rank: int | None = None
     exact: bool = True
+    chunks: int = 1
 
     @property
     def group(self) -> ProcessGroup:
@@ -86,6 +90,7 @@ class ParallelConfig:
             "dispatcher": not exchange,
             "max_tokens_per_rank": not exchange,
             "exact": not exchange or self.dispatcher != "static",
+            "chunks": not exchange or self.dispatcher != "static" or self.exact,
         }
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -125,4 +130,11 @@ class ParallelConfig:
                 expected="max_tokens_per_rank >= 1 for the dispatcher 'static'",
                 got=str(most),
                 hint="Its buffers are made for that many tokens of each rank; a call with more is refused.",
+            )
+        if not 1 <= self.chunks <= MOST_CHUNKS:
+            raise MoEParallelError.of(
+                "ParallelConfig",
+                expected=f"1 to {MOST_CHUNKS} chunks",
+                got=str(self.chunks),
+                hint="Two to four hide most of what can be hidden.",
             )

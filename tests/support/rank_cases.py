@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -12,7 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from diffulex.distributed import ExpertLoad, ParallelConfig
 from diffulex.moe import EPFusedMoE, MoESpec, NaiveFusedMoE, TPFusedMoE
+from diffulex.moe.dispatcher import static_dispatcher
 from tests.support.moe_layers import make_layer
+from tests.support.shared_memory import workspace_of_processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Case:
     options: tuple[tuple[str, Any], ...] = ()
     seed: int = 0
     impl: str = "triton"
+    memory: bool = False  # "static" through memory that the processes share
 
     @property
     def mode(self) -> str:
@@ -65,7 +70,13 @@ def make_sharded(case: Case, size: int, replicas: int = 1) -> Any:
     kind = EPFusedMoE if case.mode == "ep" else TPFusedMoE
     parallel = ParallelConfig(mesh_of(size, replicas), dim="ep", **dict(case.options))
     spec = dataclasses.replace(case.spec, moe_gemm_impl=case.impl)
-    layer = kind(spec, parallel=parallel, dtype=case.dtype).eval()
+    chunks = dict(case.options).get("chunks", 0)
+    shared = functools.partial(workspace_of_processes, of_call=2 + chunks)
+    sharing = mock.patch.object(static_dispatcher, "workspace_for", shared)
+    with sharing if case.memory else contextlib.nullcontext():
+        layer = kind(spec, parallel=parallel, dtype=case.dtype).eval()
+    if case.memory:
+        assert set(layer.dispatcher.refusals.values()) == {None}
     layer.load_full(case.whole_layer().state_dict())
     return layer
 
@@ -103,6 +114,18 @@ def run_experts(rank: int, case: Case, size: int, replicas: int = 1) -> dict[str
     layer = make_sharded(case, size, replicas)
     parts = [case.part(tensor, rank % size) for tensor in case.all_inputs()]
     return expert_results(layer, *parts)
+
+
+def run_in_parts(rank: int, case: Case, size: int, compiled: bool = False) -> list[Tensor]:
+    """Outputs of two calls of the routed experts on this rank, without gradients; the second compiled where asked."""
+    layer = make_sharded(case, size)
+    parts = [case.part(tensor, rank % size) for tensor in case.all_inputs()]
+    run = layer.run_experts
+    if compiled:
+        torch._dynamo.reset()
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        return [layer.run_experts(*parts), run(*parts)]
 
 
 def run_second(rank: int, case: Case, size: int) -> dict[str, Tensor]:
@@ -225,3 +248,10 @@ def make_fresh(rank: int, case: Case, size: int) -> dict[str, Tensor]:
     parallel = ParallelConfig(mesh_of(size), dim="ep", **dict(case.options))
     layer = (EPFusedMoE if case.mode == "ep" else TPFusedMoE)(case.spec, parallel=parallel)
     return {"text": repr(layer), **layer.state_dict()}
+
+
+def run_bench(rank: int, options: Any) -> list[dict[str, Any]]:
+    """The rows of `benchmarks.bench_parallel` on this rank."""
+    from benchmarks.bench_parallel import run_on_rank
+
+    return run_on_rank(rank, options, init_device_mesh("cpu", (options.ranks,)))

@@ -1,4 +1,4 @@
-"""Processes of a gloo group that stay: started once for many cases, each told what to run through a pipe."""
+"""Processes of a gloo or NCCL group that stay: started once for many cases, each told what to run through a pipe."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ class RankError(AssertionError):
     """A case failed on a rank; the message holds the traceback of each that did."""
 
 
-def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
+def _serve(pipe: Connection, rank: int, size: int, store: str, backend: str) -> None:
     import torch
     import torch._inductor.config
     from torch import distributed
 
     torch.set_num_threads(1)
     torch._inductor.config.compile_threads = 1  # no pool of compilers for each rank
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE // 2)
+        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE // 2)
     )
     while (task := pipe.recv()) is not None:
         function, args = task
@@ -43,14 +45,14 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
 class Ranks:
     """A group of processes that runs functions of importable modules."""
 
-    def __init__(self, size: int, store: Path) -> None:
+    def __init__(self, size: int, store: Path, backend: str = "gloo") -> None:
         self.size = size
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size, str(store)), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, size, str(store), backend), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -82,10 +84,10 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def running(size: int) -> Iterator[Ranks]:
-    """`size` processes for the time of the block."""
+def running(size: int, backend: str = "gloo") -> Iterator[Ranks]:
+    """`size` processes for the time of the block, with "nccl" each on a GPU of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks = Ranks(size, Path(folder) / "store")
+        ranks = Ranks(size, Path(folder) / "store", backend)
         try:
             yield ranks
         finally:

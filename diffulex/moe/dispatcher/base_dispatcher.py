@@ -28,6 +28,7 @@ class ExchangePlan:
     top_k           K of every call
     max_tokens      most tokens of one call, None for any number
     rows_per_token  what the caller makes of a token before `dispatch`: more than one where slots travel as tokens
+    row_bytes       bytes of the hidden states of one row, None if not known: then "static" sets no memory aside
     """
 
     parallel: ParallelConfig
@@ -35,6 +36,7 @@ class ExchangePlan:
     top_k: int
     max_tokens: int | None = None
     rows_per_token: int = 1
+    row_bytes: int | None = None
 
     @property
     def placement(self) -> ExpertPlacement:
@@ -83,6 +85,11 @@ class TokenDispatcher(ABC, Generic[M]):
         if self._pending is not None:
             return DispatcherStage.DISPATCHED
         return DispatcherStage.COMBINED if self._combined else DispatcherStage.INITIAL
+
+    @property
+    def transport(self) -> str:
+        """How tokens travel, for people."""
+        return "collectives"
 
     def dispatch(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> DispatcherOutput[M]:
         """Send tokens to their experts: hidden [T, H] floating, ids [T, K] int32 or int64, weights [T, K] floating.

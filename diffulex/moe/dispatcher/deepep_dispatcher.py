@@ -76,6 +76,11 @@ class DeepEPDispatcher(TokenDispatcher[DeepEPDispatchMetadata]):
         self._module = check_deepep(plan)
         self._buffer: Any = None
 
+    @property
+    def transport(self) -> str:
+        """How tokens travel, for people."""
+        return "DeepEP's buffers"
+
     def _dispatch(
         self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> DispatcherOutput[DeepEPDispatchMetadata]:

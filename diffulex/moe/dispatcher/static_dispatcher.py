@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lowering import ops
+from lowering.errors import Reason, ReasonCode
 
-from ...distributed.collectives import all_gather, all_to_all, gather
+from ...distributed.overlap import bytes_in_parts
+from ...distributed.parts import Parts, PartsOfCollectives, PartsOfMemory
+from ...distributed.symmetric import MOST_BYTES, Workspace, workspace_for
+from ...distributed.tokens import Route, bytes_to_ranks, packed, rows_back, tokens_to_ranks, unpacked
 from .base_dispatcher import DispatcherOutput, ExchangePlan, TokenDispatcher
 
 
@@ -29,11 +34,6 @@ class StaticDispatchMetadata:
     recv_weights: Tensor
 
 
-def _padded(tensor: Tensor, rows: int, *, fill: int = 0) -> Tensor:
-    """[T, X] -> [rows, X] in the same dtype, filled up at the end; one graph for a full and a partly filled tensor."""
-    return torch.cat((tensor, tensor.new_full((rows, tensor.shape[1]), fill)))[:rows]
-
-
 class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
     """Every token travels once per rank, whatever its experts, into a place fixed by its rank and its number.
 
@@ -43,30 +43,118 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
     grouped GEMMs. The way back is one all-to-all of [R, K, H] (`exact`: per slot, which equals a single rank's result
     bitwise, and so do the gradients of the experts; that of the hidden states adds up per rank, not per slot), or of
     sums [R, H] in fp32.
+
+    Each exchange goes through symmetric memory where the ranks have it and the exchange is small enough to gain by it,
+    through a collective else; `transport` says which, and why. Ranks agree on it when the dispatcher is made, by all of
+    them together.
+
+    workspace  the memory, None where no exchange goes through it
+    refusals   why "dispatch" and "combine", and "parts" where there are chunks, do not, None where they do
     """
 
     def __init__(self, plan: ExchangePlan) -> None:
         super().__init__(plan)
         assert plan.max_tokens is not None, "ParallelConfig.check asks for max_tokens_per_rank"
-        self.capacity = plan.max_tokens
-        self.exact = plan.parallel.exact
+        self.exact, self.chunks = plan.parallel.exact, plan.parallel.chunks
+        self.capacity = -(-plan.max_tokens // self.chunks) * self.chunks
+        self.workspace, self.refusals = self._reserve()
+
+    def _reserve(self) -> tuple[Workspace | None, dict[str, Reason | None]]:
+        """The memory for the exchanges that are small enough, of what the plan says that tokens will be."""
+        row_bytes = self.plan.row_bytes
+        if row_bytes is None:
+            unknown = Reason(ReasonCode.OPTION, "the plan does not say how large a token is")
+            return None, dict.fromkeys(("dispatch", "combine", *self._in_parts), unknown)
+        needs = {"dispatch": bytes_to_ranks(self.capacity, row_bytes, top_k=self.plan.top_k)}
+        back = self.size * self.capacity * row_bytes
+        # sums are fp32 or wider: twice the bytes of 16 bits
+        needs["combine"] = back * self.plan.top_k if self.exact else back * 2
+        refusals = {
+            name: Reason(ReasonCode.SCHEDULE, f"a collective is faster for {need} bytes") if need > MOST_BYTES else None
+            for name, need in needs.items()
+        }
+        for name in self._in_parts:  # they gain by what overlaps, however many bytes there are
+            needs[name] = bytes_in_parts(self.capacity, row_bytes, top_k=self.plan.top_k, size=self.size)
+            refusals[name] = None
+        most = max((need for name, need in needs.items() if refusals[name] is None), default=None)
+        if most is None:
+            return None, refusals
+        found = workspace_for(self.plan.parallel.group, self.plan.parallel.mesh.device_type, num_bytes=most)
+        if isinstance(found, Reason):
+            return None, {name: refusals[name] or found for name in needs}
+        return found, refusals
+
+    @property
+    def _in_parts(self) -> tuple[str, ...]:
+        return ("parts",) if self.chunks > 1 else ()
+
+    @property
+    def transport(self) -> str:
+        """How exchanges travel, and why not through symmetric memory where they do not."""
+        return "; ".join(
+            f"{name} by {'symmetric memory' if reason is None else f'collectives ({reason})'}"
+            for name, reason in self.refusals.items()
+        )
+
+    def _route(self, name: str, needed: int) -> Route:
+        """Through the memory where the plan reserved it and it is large enough for the call, which all ranks make."""
+        space = self.workspace
+        through = space is not None and self.refusals[name] is None and needed <= space.num_bytes
+        return Route(self.group, self.size, space.key if space is not None and through else None)
 
     def _dispatch(
         self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> DispatcherOutput[StaticDispatchMetadata]:
         known_TK = self._known(ids_TK)
         slot_ranks_TK = self.rank_of_expert[known_TK]
-        recv_RH = all_gather(_padded(hidden_TH, self.capacity), self.size, group=self.group)
-        known_CK = _padded(known_TK.int(), self.capacity, fill=self.num_experts)
-        known_RK = gather(known_CK, self.size, group=self.group).long()
-        rows_RK = torch.where(self.rank_of_expert[known_RK] == self.rank, self.row_of_expert[known_RK], -1)
-        weights_CK = _padded(weights_TK, self.capacity)
-        if self.exact:  # they are applied where they are; what travels is for the record
-            weights_RK = gather(weights_CK.detach(), self.size, group=self.group)
-        else:
-            weights_RK = all_gather(weights_CK, self.size, group=self.group)
+        row_bytes = hidden_TH.shape[1] * hidden_TH.element_size()
+        recv_RH, weights_RK, places_RK = tokens_to_ranks(
+            hidden_TH,
+            weights_TK.detach() if self.exact else weights_TK,  # applied where they are; what travels is for the record
+            self._places(known_TK),
+            capacity=self.capacity,
+            route=self._route("dispatch", bytes_to_ranks(self.capacity, row_bytes, top_k=self.plan.top_k)),
+        )
+        rows_RK = self._rows(places_RK)
         metadata = StaticDispatchMetadata(hidden_TH.shape[0], slot_ranks_TK, weights_TK, weights_RK)
         return DispatcherOutput(metadata, recv_RH, rows_RK, weights_RK)
+
+    def _places(self, known_TK: Tensor) -> Tensor:
+        """What travels of ids: 0 is no expert, as the places without a token are zeros."""
+        return torch.where(known_TK < self.num_experts, known_TK + 1, 0)
+
+    def _rows(self, places_RK: Tensor) -> Tensor:
+        """Rows of this rank's weights, -1 for none; one less than a place is an index, from the end where it is -1."""
+        known_RK = places_RK.long() - 1
+        return torch.where(self.rank_of_expert[known_RK] == self.rank, self.row_of_expert[known_RK], -1)
+
+    def run_in_parts(
+        self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, run: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """`dispatch`, experts and `combine` part by part, the exchange of one beside the experts of another.
+
+        hidden [T, H] floating, ids [T, K] int, weights [T, K] floating; `run` makes slots [X * K, H] of rows [X, H] and
+        ids [X, K] int32. Returns [T, H] in the dtype of hidden; not differentiable. Errors as `dispatch`.
+        """
+        if self._pending is not None:
+            raise self._out_of_order("run_in_parts", "`combine` of the tokens dispatched before")
+        self._check(hidden_TH, ids_TK, weights_TK)
+        exchange = self._parts(hidden_TH, packed(self._places(self._known(ids_TK)), weights_TK))
+        wide = torch.promote_types(hidden_TH.dtype, torch.float32)
+        for chunk in range(self.chunks):
+            rows_XH, details_XD = exchange.rows(chunk)
+            places_XK, weights_XK = unpacked(details_XD, weights_TK.dtype)
+            slots_NH = run(rows_XH, self._rows(places_XK))
+            exchange.send(ops.moe_combine(slots_NH.to(wide), weights_XK), chunk)
+        out_CH = exchange.collect()
+        return out_CH.index_select(0, torch.arange(hidden_TH.shape[0], device=out_CH.device))
+
+    def _parts(self, hidden_TH: Tensor, details_TD: Tensor) -> Parts:
+        row_bytes = hidden_TH.shape[1] * hidden_TH.element_size()
+        needed = bytes_in_parts(self.capacity, row_bytes, top_k=self.plan.top_k, size=self.size)
+        route = self._route("parts", needed)
+        kind = PartsOfMemory if route.workspace is not None else PartsOfCollectives
+        return kind(hidden_TH, details_TD, capacity=self.capacity, chunks=self.chunks, route=route)
 
     def _num_slots(self, metadata: StaticDispatchMetadata) -> int:
         return self.size * self.capacity * self.plan.top_k
@@ -75,8 +163,7 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
         return self._of_slots(slots_NH, metadata) if self.exact else self._of_sums(slots_NH, metadata)
 
     def _back(self, rows: Tensor) -> Tensor:
-        splits = [rows.shape[0] // self.size] * self.size
-        return all_to_all(rows, splits, send=splits, group=self.group)
+        return rows_back(rows, self._route("combine", rows.shape[0] * rows.shape[1] * rows.element_size()))
 
     def _of_slots(self, slots_NH: Tensor, metadata: StaticDispatchMetadata) -> Tensor:
         """Each slot's result from the rank of its expert, and zeros where there is none."""

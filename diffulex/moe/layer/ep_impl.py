@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lowering.reference.moe_block import ExpertWeights
 
 from ...distributed.parallel import ParallelConfig
-from ..dispatcher import ExchangePlan, TokenDispatcher, build_token_dispatcher
+from ..dispatcher import ExchangePlan, build_token_dispatcher
 from .sharded import ShardedFusedMoE
 from .spec import MoESpec
+
+if TYPE_CHECKING:
+    from ..dispatcher.static_dispatcher import StaticDispatcher
 
 
 class EPFusedMoE(ShardedFusedMoE):
@@ -29,7 +34,9 @@ class EPFusedMoE(ShardedFusedMoE):
     mode = "ep"
 
     def _prepare(self, parallel: ParallelConfig) -> None:
-        self.dispatcher: TokenDispatcher[Any] = build_token_dispatcher(parallel.dispatcher, _plan(self.spec, parallel))
+        self.dispatcher: Any = build_token_dispatcher(
+            parallel.dispatcher, _plan(self.spec, parallel, dtype=self.w13.dtype)
+        )
 
     @classmethod
     def _check_backend(cls, spec: MoESpec, parallel: ParallelConfig) -> None:
@@ -43,14 +50,23 @@ class EPFusedMoE(ShardedFusedMoE):
         return self._run_placed(hidden_TH.to(self.w13.dtype), weights_TK, ids_TK)
 
     def _run_weighted(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+        if self.parallel.chunks > 1 and not torch.is_grad_enabled():
+            static: StaticDispatcher = self.dispatcher
+            run = functools.partial(self._slots, experts=experts)
+            return static.run_in_parts(hidden_TH, ids_TK, weights_TK, run=run)
         sent = self.dispatcher.dispatch(hidden_TH, ids_TK, weights_TK)
         slots_NH = self._slots(sent.recv_hidden_states, sent.recv_local_expert_ids, experts=experts)
         return self.dispatcher.combine(slots_NH, sent.metadata)
 
+    def extra_repr(self) -> str:
+        """The sizes here and in all, and how tokens travel, for `print(model)`."""
+        return f"{super().extra_repr()}, dispatcher={self.parallel.dispatcher!r}: {self.dispatcher.transport}"
 
-def _plan(spec: MoESpec, parallel: ParallelConfig) -> ExchangePlan:
+
+def _plan(spec: MoESpec, parallel: ParallelConfig, *, dtype: torch.dtype | None = None) -> ExchangePlan:
     """Weighted inputs differ from slot to slot, so slots travel as tokens of one expert."""
+    row_bytes = None if dtype is None else spec.experts.hidden_size * dtype.itemsize
     num_experts, top_k, most = spec.experts.num_experts, spec.routing.top_k, parallel.max_tokens_per_rank
     if spec.routing.apply_weight_on == "input":
-        return ExchangePlan(parallel, num_experts, 1, None if most is None else most * top_k, rows_per_token=top_k)
-    return ExchangePlan(parallel, num_experts, top_k, most)
+        return ExchangePlan(parallel, num_experts, 1, None if most is None else most * top_k, top_k, row_bytes)
+    return ExchangePlan(parallel, num_experts, top_k, most, row_bytes=row_bytes)

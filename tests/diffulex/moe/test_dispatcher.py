@@ -148,6 +148,22 @@ def test_other_results_than_those_owed_are_refused(dispatcher, error, expected, 
     dispatcher.combine(identity(out), out.metadata)
 
 
+def test_parts_are_refused_like_a_dispatch(mesh):
+    options = {"dispatcher": "static", "max_tokens_per_rank": CAPACITY, "exact": False, "chunks": 2}
+    dispatcher = build_token_dispatcher("static", plan_of(mesh, **options))
+    hidden, ids, weights = tokens()
+    run = lambda rows, ids: rows.repeat_interleave(ids.shape[1], dim=0) * (ids.reshape(-1, 1) >= 0)  # noqa: E731
+    wanted = hidden * (weights * ((ids >= 0) & (ids < EXPERTS))).sum(1, keepdim=True)
+    torch.testing.assert_close(dispatcher.run_in_parts(hidden, ids, weights, run=run), wanted)
+    with raises_catalogue(MoEShapeError, expected="ids of shape [3, 2]"):
+        dispatcher.run_in_parts(hidden, ids[:, :1], weights, run=run)
+    with raises_catalogue(MoERangeError, expected=f"at most {CAPACITY} tokens", got="6"):
+        dispatcher.run_in_parts(*tokens(6), run=run)
+    dispatcher.dispatch(hidden, ids, weights)
+    with raises_catalogue(MoEStageError, where="run_in_parts", expected="`combine` of the tokens"):
+        dispatcher.run_in_parts(hidden, ids, weights, run=run)
+
+
 def test_records_describe_the_exchange(mesh, monkeypatch):
     from diffulex.moe import metadata
 
@@ -289,6 +305,8 @@ def test_layers_are_built_from_a_parallel_config(mesh):
         ("max_tokens_per_rank", {"mode": "tp", "max_tokens_per_rank": 3}),
         ("exact", {"exact": False}),
         ("exact", {"mode": "tp", "exact": False}),
+        ("chunks", {"chunks": 2}),
+        ("chunks", {"chunks": 2, "dispatcher": "static", "max_tokens_per_rank": 3}),
     ],
 )
 def test_options_that_would_not_be_looked_at_are_refused(mesh, name, options):
@@ -367,3 +385,41 @@ def test_a_dispatcher_is_made_for_one_plan(mesh):
         plan.top_k = 3
     assert plan.placement == ExpertPlacement(((0, 1, 2, 3),))
     assert ExpertPlacement.even(7, 3).owned == ((0, 1, 2), (3, 4), (5, 6))
+
+
+def test_how_static_exchanges_travel_is_said(mesh, monkeypatch):
+    """Each for itself, by what the plan says it will move; a call of another width than planned takes a collective."""
+    from diffulex.moe.dispatcher import static_dispatcher
+    from tests.support.shared_memory import workspace_of_processes
+
+    plan = dataclasses.replace(plan_of(mesh), row_bytes=4 * HIDDEN)
+    on_cpu = "collectives (NOT_CUDA: symmetric memory is for CUDA devices, the mesh is on cpu)"
+    found = build_token_dispatcher("static", plan)
+    assert found.workspace is None and found.transport == f"dispatch by {on_cpu}; combine by {on_cpu}"
+    assert "the plan does not say how large" in build_token_dispatcher("static", plan_of(mesh)).transport
+    layer = EPFusedMoE(SPECS["qwen3"], parallel=ParallelConfig(mesh, dim="ep", **STATIC))
+    assert f"dispatcher='static': dispatch by {on_cpu}" in repr(layer)
+    naive = EPFusedMoE(SPECS["qwen3"], parallel=ParallelConfig(mesh, dim="ep"))
+    assert "dispatcher='naive': collectives" in repr(naive)
+
+    monkeypatch.setattr(static_dispatcher, "workspace_for", workspace_of_processes)
+    monkeypatch.setattr(static_dispatcher, "MOST_BYTES", 2048)
+    both, first, neither = (
+        build_token_dispatcher("static", dataclasses.replace(plan, row_bytes=size)) for size in (32, 256, 999)
+    )
+    assert both.transport == "dispatch by symmetric memory; combine by symmetric memory"
+    assert both.workspace.num_bytes == 256 + 256
+    slower = "collectives (SCHEDULE: a collective is faster for 2560 bytes)"
+    assert first.transport == f"dispatch by symmetric memory; combine by {slower}"
+    assert first._route("dispatch", 8).workspace is not None and first._route("combine", 8).workspace is None
+    assert neither.workspace is None and "faster for 9990 bytes" in neither.transport
+    parts = ParallelConfig(mesh, dim="ep", dispatcher="static", max_tokens_per_rank=5, exact=False, chunks=2)
+    apart = build_token_dispatcher("static", dataclasses.replace(plan, parallel=parts, row_bytes=999))
+    assert apart.transport.endswith("; parts by symmetric memory") and apart.capacity == 6
+    assert apart._route("parts", 8).workspace is not None and apart._route("dispatch", 8).workspace is None
+    for width, key in ((HIDDEN, both.workspace.key), (8 * HIDDEN, None)):
+        hidden, ids, weights = tokens(5)
+        out = both.dispatch(hidden.repeat(1, width // HIDDEN), ids, weights)
+        assert torch.equal(out.recv_hidden_states, hidden.repeat(1, width // HIDDEN))
+        assert both._route("dispatch", 5 * width * 4 + 256).workspace == key
+        both.combine(identity(out), out.metadata)

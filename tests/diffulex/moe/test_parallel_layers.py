@@ -124,6 +124,61 @@ def test_static_exchange_equals_one_rank_bitwise(ranks, case):
         assert_near_exact(found["hidden"], wanted["hidden"], what="hidden")
 
 
+@given(st.sampled_from(["static", "sums"]).flatmap(lambda how: cases(EXCHANGES[how])))
+def test_shared_memory_equals_collectives_bitwise(ranks, case):
+    """Output and all gradients, the workspace used by one call after another."""
+    wanted = ranks.run(rank_cases.run_experts, case, RANKS)
+    found = ranks.run(rank_cases.run_experts, dataclasses.replace(case, memory=True), RANKS)
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert_bitwise(mine, theirs, theirs)
+
+
+@given(cases(EXCHANGES["sums"], aligned=False), st.sampled_from([2, 3, 4, 16]))
+def test_parts_equal_one_rank(ranks, case, chunks):
+    """Through shared memory and collectives the same bits; twice, as the second call finds the memory used."""
+    case = dataclasses.replace(case, options=(*case.options, ("chunks", chunks)))
+    apart = ranks.run(rank_cases.run_in_parts, case, RANKS)
+    found = ranks.run(rank_cases.run_in_parts, dataclasses.replace(case, memory=True), RANKS)
+    for mine, theirs in zip(found, apart, strict=True):
+        assert all(torch.equal(one, theirs[0]) for one in (*mine, theirs[1]))
+    assert_near_exact(torch.cat([part[0] for part in found]), single_rank(case)["out"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rounding_of_parts_is_that_of_one_rank(ranks, dtype):
+    case = Case(
+        widened(SPECS["gpt_oss"], hidden=64, width=48), (9, 5, 0, 9), dtype, (*EXCHANGES["sums"], ("chunks", 2))
+    )
+    apart = ranks.run(rank_cases.run_in_parts, case, RANKS)
+    found = ranks.run(rank_cases.run_in_parts, dataclasses.replace(case, memory=True), RANKS)
+    assert all(torch.equal(mine[1], theirs[0]) for mine, theirs in zip(found, apart, strict=True))
+    # One rank, too, errs more in bf16 where its GEMMs have fewer rows, on some CPUs; so it gets the parts as well.
+    layer, inputs, eager = case.whole_layer(), case.all_inputs(), torch.zeros(sum(case.tokens), 64, dtype=dtype)
+    for first in (0, 5):
+        starts = [sum(case.tokens[:rank]) for rank in range(RANKS)]
+        spans = [range(start + first, start + min(first + 5, n)) for start, n in zip(starts, case.tokens, strict=True)]
+        rows = [row for span in spans for row in span]
+        with torch.no_grad():
+            eager[rows] = layer.run_experts(*(tensor[rows] for tensor in inputs))
+    oracle = single_rank(case, torch.float64)["out"]
+    assert_oracle_ratio(torch.cat([part[0] for part in found]), eager, oracle)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_parts_compile_into_one_graph(pair, memory):
+    case = Case(SPECS["qwen3"], (9, 4), torch.float64, (*EXCHANGES["sums"], ("chunks", 3)), memory=memory)
+    parts, wanted = pair.run(rank_cases.run_in_parts, case, 2, True), single_rank(case)
+    for number in range(2):
+        assert_near_exact(torch.cat([part[number] for part in parts]), wanted["out"])
+
+
+def test_parts_have_gradients_as_a_whole(pair):
+    case = Case(SPECS["qwen3"], (9, 4), torch.float64, (*EXCHANGES["sums"], ("chunks", 3)))
+    found, wanted = joined(pair.run(rank_cases.run_experts, case, 2), case), single_rank(case)
+    for name, value in found.items():
+        assert_near_exact(value, wanted[name], what=name)
+
+
 @given(
     st.sampled_from(["sums", "experts", "width"]).flatmap(lambda n: cases({**EXCHANGES, **SPLITS}[n], aligned=False))
 )
@@ -239,9 +294,18 @@ STEPS = ((0, 1), (1, 0), (5, 9), (9, 2), (3, 0))
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize(("name", "how"), [("qwen2_moe", "static"), ("weight_on_input", "static"), ("qwen3", "sums")])
-def test_static_exchange_compiles_into_one_graph(pair, name, how, train):
-    case = Case(SPECS[name], (), torch.float64, EXCHANGES[how])
+@pytest.mark.parametrize(
+    ("name", "how", "memory"),
+    [
+        ("qwen2_moe", "static", False),
+        ("weight_on_input", "static", False),
+        ("qwen3", "sums", False),
+        ("qwen3", "static", True),
+        ("qwen3", "sums", True),
+    ],
+)
+def test_static_exchange_compiles_into_one_graph(pair, name, how, memory, train):
+    case = Case(SPECS[name], (), torch.float64, EXCHANGES[how], memory=memory)
     for told in pair.run(rank_cases.run_compiled, case, 2, "aot_eager", STEPS, train):
         assert told["graphs"] <= 3 and told["stage"] == "COMBINED"
         for found, wanted in told["results"]:
@@ -250,8 +314,13 @@ def test_static_exchange_compiles_into_one_graph(pair, name, how, train):
 
 
 @pytest.mark.slow
-def test_inductor_compiles_the_static_exchange(pair):
-    case = Case(SPECS["qwen3"], (), torch.float64, STATIC)
+@pytest.mark.parametrize(
+    ("options", "memory"),
+    [(STATIC, False), (STATIC, True), ((*EXCHANGES["sums"], ("chunks", 2)), True)],
+    ids=["collectives", "memory", "parts"],
+)
+def test_inductor_compiles_the_static_exchange(pair, options, memory):
+    case = Case(SPECS["qwen3"], (), torch.float64, options, memory=memory)
     for told in pair.run(rank_cases.run_compiled, case, 2, "inductor", STEPS[2:4], False):
         for found, wanted in told["results"]:
             assert_near_exact(found["out"], wanted["out"])
@@ -350,6 +419,7 @@ def test_tokens_of_weighted_inputs_are_counted_as_tokens(pair):
         ),
         (dataclasses.replace(BASE.spec, experts=swiglu_experts(8, width=3)), SPLITS["width"], "as wide as there are"),
         (BASE.spec, (("placement", ExpertPlacement(((0,), (1,), (2,), (3,)))),), "each expert of 8 on one rank"),
+        (BASE.spec, (*EXCHANGES["sums"], ("chunks", 17)), "1 to 16 chunks, got 17"),
     ],
 )
 def test_what_cannot_be_spread_is_refused_everywhere(ranks, spec, options, text):

@@ -1,0 +1,375 @@
+"""Time the routed experts of a layer on several GPUs of one host against one GPU with as many tokens as a rank has.
+
+    python -m benchmarks.bench_parallel --out parallel.csv
+
+From hidden states, ids and weights to the weighted sum of the experts, compiled, bf16. Starts its own processes. Ways:
+`naive` (exact splits, read on the host), `static` and `sums` (static shapes; results of slots, or fp32 sums, travel
+back), `parts` (`sums` in four parts, whose exchanges go on beside the GEMMs), `tp-experts` and `tp-width`. Times are
+medians over rounds, of the slowest rank, in microseconds: of CUDA graphs, but for `naive`, whose exchange no graph
+holds. `gain` is the throughput as a multiple of one GPU's; `overlap` the sum of dispatch, experts and combine, each
+timed alone (for `parts` as whole ones), over the whole. `share` is what of that sum is communication (with the sums of
+K slots in `combine`, but for tp). `pair` is dispatch and combine in one CUDA graph without experts, `pair nccl` the
+same without symmetric memory. Each way is checked before it is timed: against a single rank that has the tokens of all,
+bit by bit, and by the ratio rule on sampled rows; a wrong one stops the run. Stops before a cell that would go past
+--seconds, and names what was left out. With --device cpu, over gloo and without compilation, it only shows that it
+runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import functools
+import gc
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.multiprocessing
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from diffulex.benching.check import exact_rows, spread
+from diffulex.benching.inputs import Inputs, draw_logits, route
+from diffulex.benching.shapes import SHAPES, Shape
+from diffulex.cli.accuracy import error_ratio
+from diffulex.distributed import ParallelConfig
+from diffulex.distributed.agreement import told_by_ranks
+from diffulex.distributed.collectives import sum_of_ranks
+from diffulex.moe import EPFusedMoE, MoESpec, NaiveFusedMoE, TPFusedMoE
+from lowering.spec import ExpertSpec, RoutingSpec
+
+TINY = {"tiny": Shape(8, 2, 64, 32)}
+WAYS: dict[str, dict[str, Any]] = {
+    "naive": {"dispatcher": "naive"},
+    "static": {"dispatcher": "static"},
+    "sums": {"dispatcher": "static", "exact": False},
+    "parts": {"dispatcher": "static", "exact": False, "chunks": 4},
+    "tp-experts": {"mode": "tp"},
+    "tp-width": {"mode": "tp", "shard": "width"},
+}
+PARTS = ("dispatch", "experts", "combine")
+COLUMNS = (
+    *("device", "ranks", "shape", "experts_in_all", "tokens", "way", "one_us", "time_us", "gain"),
+    *("dispatch_us", "experts_us", "combine_us", "share", "overlap", "pair_us", "pair_nccl_us"),
+    *("graph", "host_syncs", "check", "transport"),
+)
+SHOWN = ("shape", "tokens", "way", "one_us", "time_us", "gain", *(f"{part}_us" for part in PARTS), "share", "overlap")
+SHOWN = (*SHOWN, "pair_us", "pair_nccl_us", "check")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured, the same on every rank."""
+
+    shapes: tuple[str, ...]
+    tokens: tuple[int, ...]
+    ways: tuple[str, ...]
+    ranks: int = 2
+    experts: int | None = None
+    device: str = "cuda"
+    seconds: float = 280
+    out: str = "parallel.csv"
+
+
+class Bench:
+    """One rank's side of the measurement; all ranks make the same calls."""
+
+    def __init__(self, rank: int, options: Options, mesh: DeviceMesh) -> None:
+        self.rank, self.options, self.mesh = rank, options, mesh
+        self.cuda = options.device == "cuda"
+        self.device = torch.device("cuda", rank) if self.cuda else torch.device("cpu")
+        self.group = mesh.get_group()
+
+    def compiled(self, function: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
+        """The function compiled for static shapes; as it is on a CPU."""
+        if not self.cuda:
+            return function
+        torch._dynamo.reset()
+        return torch.compile(function, fullgraph=fullgraph, dynamic=False)
+
+    def time(self, function: Callable[..., Any], *args: Any, tokens: int, graph: bool = True) -> float:
+        """Median microseconds of a call on the slowest rank; as many calls on each."""
+        calls, rounds = (20, 9) if tokens <= 256 else (8, 7) if tokens <= 2048 else (3, 5)
+        with torch.no_grad():
+            for _ in range(3):
+                function(*args)
+            if not self.cuda:
+                seconds = [_clocked(lambda: function(*args)) for _ in range(3)]
+            else:
+                torch.cuda.synchronize()
+                distributed.barrier(self.group)
+                run = self._captured(function, args) if graph else functools.partial(function, *args)
+                seconds = [self._evented(run, calls) for _ in range(rounds)]
+                del run
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+        return 1e6 * max(told_by_ranks(self.group, statistics.median(seconds)))
+
+    def _captured(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # other threads of the process, as NCCL's watchdog, may ask the device while this one captures
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            function(*args)
+        for _ in range(2):
+            graph.replay()
+        return graph.replay
+
+    def _evented(self, run: Callable[[], object], calls: int) -> float:
+        distributed.barrier(self.group)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        run()
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) * 1e-3 / calls
+
+    def layer(self, way: str, whole: NaiveFusedMoE, tokens: int) -> Any:
+        """The layer of a way, with the weights of the whole one."""
+        kind = TPFusedMoE if WAYS[way].get("mode") == "tp" else EPFusedMoE
+        capacity = {"max_tokens_per_rank": tokens} if WAYS[way].get("dispatcher") == "static" else {}
+        parallel = ParallelConfig(self.mesh, **WAYS[way], **capacity)
+        made = kind(whole.spec, parallel=parallel, device=self.device, dtype=whole.w13.dtype).eval()
+        made.load_full(whole.state_dict())
+        return made.requires_grad_(False)
+
+
+def _clocked(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def inputs_of(rank: int, shape: Shape, tokens: int, *, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [T, H] bf16, weights [T, K] fp32 and ids [T, K] int64 of a rank, uniformly routed."""
+    generator = torch.Generator(device).manual_seed(rank)
+    logits_TE = draw_logits("uniform", tokens, shape=shape, generator=generator)
+    weights_TK, ids_TK = route(logits_TE, shape.top_k, dtype=torch.float32)
+    hidden_TH = torch.randn(tokens, shape.hidden, device=device, generator=generator).bfloat16()
+    return hidden_TH, weights_TK, ids_TK
+
+
+def verdict(found_TH: Tensor, wanted_TH: Tensor, *, whole: NaiveFusedMoE, inputs: tuple[Tensor, ...]) -> str:
+    """`bitwise`, or the error as a multiple of eager torch's; raises `RuntimeError` where it breaks the ratio rule.
+
+    found and wanted [T, H] bf16, inputs hidden [T, H], weights [T, K] and ids [T, K].
+    """
+    index_R = spread(found_TH.shape[0], 64).to(found_TH.device)
+    hidden_RH, weights_RK, ids_RK = (tensor[index_R] for tensor in inputs)
+    sampled = Inputs(hidden_RH, ids_RK, weights_RK, hidden_RH)
+    shim: Any = SimpleNamespace(weights=lambda: whole.expert_weights)
+    with torch.no_grad():
+        exact, eager = (exact_rows(shim, sampled, source="topk", dtype=d) for d in (torch.float64, found_TH.dtype))
+    ratio = error_ratio([found_TH[index_R]], [eager], oracle=[exact])
+    if ratio.problem:
+        raise RuntimeError(f"wrong result: {ratio.problem}")
+    return "bitwise" if torch.equal(found_TH, wanted_TH) else f"{ratio.mean:.2f}x eager"
+
+
+def parts_of(bench: Bench, layer: Any, inputs: tuple[Tensor, ...], *, tokens: int) -> dict[str, float]:
+    """Microseconds of each part of a way, and of `pair` where the exchange has static shapes."""
+    hidden_TH, weights_TK, ids_TK = inputs
+    clock = functools.partial(bench.time, tokens=tokens)
+    if isinstance(layer, TPFusedMoE):
+        with mock.patch("diffulex.moe.layer.tp_impl.sum_of_ranks", lambda partial, group: partial):
+            partial = bench.compiled(layer.run_experts)
+            times = {"experts": clock(partial, *inputs)}
+        sums_TH = torch.randn(hidden_TH.shape, device=hidden_TH.device)
+        group = bench.group.group_name
+        return times | {"combine": clock(lambda sums_TH: sum_of_ranks(sums_TH, group).bfloat16(), sums_TH)}
+    dispatcher, static = layer.dispatcher, layer.parallel.dispatcher == "static"
+
+    def dispatch(hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> tuple[Tensor, ...]:
+        sent = dispatcher._dispatch(hidden_TH, ids_TK, weights_TK)
+        return sent.recv_hidden_states, sent.recv_local_expert_ids, sent.recv_weights
+
+    def experts(rows_RH: Tensor, ids_RK: Tensor) -> Tensor:
+        return layer._slots(rows_RH, ids_RK, experts=layer.expert_weights)
+
+    with torch.no_grad():
+        sent = dispatcher._dispatch(hidden_TH, ids_TK, weights_TK)
+        run = bench.compiled(experts)
+        slots_NH = run(sent.recv_hidden_states, sent.recv_local_expert_ids).clone()
+    times = {"experts": clock(run, sent.recv_hidden_states, sent.recv_local_expert_ids)}
+
+    def combine(slots_NH: Tensor) -> Tensor:
+        return dispatcher._combine(slots_NH, sent.metadata)
+
+    if not static:
+        times["dispatch"] = clock(dispatch, *inputs, graph=False)
+        return times | {"combine": clock(combine, slots_NH, graph=False)}
+    times["dispatch"] = clock(bench.compiled(dispatch), *inputs)
+    times["combine"] = clock(bench.compiled(combine), slots_NH)
+
+    def pair(hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, slots_NH: Tensor) -> Tensor:
+        sent = dispatcher._dispatch(hidden_TH, ids_TK, weights_TK)
+        return dispatcher._combine(slots_NH, sent.metadata)
+
+    times["pair"] = clock(bench.compiled(pair), *inputs, slots_NH)
+    if dispatcher.workspace is not None:
+        with mock.patch.object(dispatcher, "workspace", None):
+            times["pair_nccl"] = clock(bench.compiled(pair), *inputs, slots_NH)
+    return times
+
+
+def measure(
+    bench: Bench, name: str, tokens: int, *, way: str, whole: NaiveFusedMoE, one_us: float
+) -> dict[str, object]:
+    """The row of a way: checked, timed, and its parts."""
+    shape = shape_of(name, bench.options)
+    inputs = inputs_of(bench.rank, shape, tokens, device=bench.device)
+    layer = bench.layer(way, whole, tokens)
+    tensor_parallel, static = isinstance(layer, TPFusedMoE), WAYS[way].get("dispatcher") == "static"
+    if tensor_parallel:
+        inputs = inputs_of(0, shape, tokens, device=bench.device)
+    function = bench.compiled(layer.run_experts, fullgraph=way != "naive")
+    with torch.no_grad():
+        found_TH = function(*inputs).clone()
+        wanted_TH = _of_one_rank(bench, whole, inputs, everyone=not tensor_parallel)
+        check = verdict(found_TH, wanted_TH, whole=whole, inputs=inputs)
+        syncs = _host_syncs(function, inputs) if static and bench.cuda else ""
+    del wanted_TH, found_TH
+    time_us = bench.time(function, *inputs, tokens=tokens, graph=way != "naive")
+    parts = parts_of(bench, layer, inputs, tokens=tokens)
+    every = sum(parts.get(part, 0.0) for part in PARTS)
+    times = {f"{part}_us": f"{value:.4g}" for part, value in parts.items()}
+    return times | {
+        "device": _device_name(bench),
+        "ranks": bench.options.ranks,
+        "shape": name,
+        "tokens": tokens,
+        "way": way,
+        "experts_in_all": shape.num_experts,
+        "one_us": f"{one_us:.4g}",
+        "time_us": f"{time_us:.4g}",
+        "gain": f"{one_us / time_us * (1 if tensor_parallel else bench.options.ranks):.3f}",
+        "share": f"{1 - parts['experts'] / every:.3f}",
+        "overlap": f"{every / time_us:.3f}",
+        "graph": bench.cuda and way != "naive",
+        "host_syncs": syncs,
+        "check": "; ".join(sorted(set(told_by_ranks(bench.group, check)))),
+        "transport": "all-reduce" if tensor_parallel else layer.dispatcher.transport,
+    }
+
+
+def _of_one_rank(bench: Bench, whole: NaiveFusedMoE, inputs: tuple[Tensor, ...], *, everyone: bool) -> Tensor:
+    """What a single rank makes of the tokens of all of them: this rank's part, [T, H] bf16."""
+    if not everyone:
+        return whole.run_experts(*inputs)
+    size, tokens = bench.options.ranks, inputs[0].shape[0]
+    gathered = []
+    for tensor in inputs:
+        parts = [torch.empty_like(tensor) for _ in range(size)]
+        distributed.all_gather(parts, tensor, group=bench.group)
+        gathered.append(torch.cat(parts))
+    function = bench.compiled(whole.run_experts)
+    return function(*gathered)[bench.rank * tokens : (bench.rank + 1) * tokens].clone()
+
+
+def _host_syncs(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> str:
+    """`0`, as torch raises where a call waits for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function(*inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "0"
+
+
+def _device_name(bench: Bench) -> str:
+    return torch.cuda.get_device_name() if bench.cuda else "cpu"
+
+
+def shape_of(name: str, options: Options) -> Shape:
+    """A shape by name, with another number of experts where one is asked for (but for the tiny one)."""
+    shape = {**SHAPES, **TINY}[name]
+    return dataclasses.replace(shape, num_experts=options.experts) if options.experts and name == "dsv3" else shape
+
+
+def run_on_rank(rank: int, options: Options, mesh: DeviceMesh) -> list[dict[str, object]]:
+    """All cells, on this rank of an initialised group; the first rank prints and writes them."""
+    bench, began, longest, rows, left_out = Bench(rank, options, mesh), time.time(), 0.0, [], []
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
+    say(f"{options.ranks} x {_device_name(bench)}, torch {torch.__version__}; microseconds")
+    say(table([dict(zip(SHOWN, SHOWN, strict=True))]))
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(options.out, "w", newline="")) if rank == 0 else None
+        writer = csv.DictWriter(file, COLUMNS) if file is not None else None
+        if writer is not None:
+            writer.writeheader()
+        for name in options.shapes:
+            shape = shape_of(name, options)
+            experts = ExpertSpec(shape.num_experts, shape.hidden, shape.intermediate, "silu(g) * u")
+            spec = MoESpec(shape.hidden, RoutingSpec(shape.top_k), experts)
+            torch.manual_seed(0)
+            whole: Any = NaiveFusedMoE(spec, device=bench.device, dtype=torch.bfloat16).eval().requires_grad_(False)
+            for parameter in whole.parameters():
+                parameter.normal_(std=0.02)
+            for tokens in options.tokens:
+                one = bench.compiled(whole.run_experts)
+                one_us = bench.time(one, *inputs_of(rank, shape, tokens, device=bench.device), tokens=tokens)
+                for way in options.ways:
+                    started = time.time()
+                    stop = started - began + longest > options.seconds
+                    if told_by_ranks(bench.group, stop)[0]:
+                        left_out.append(f"{name} {tokens} {way}")
+                        continue
+                    row = measure(bench, name, tokens, way=way, whole=whole, one_us=one_us)
+                    longest = max(longest, time.time() - started)
+                    rows.append(row)
+                    say(f"{table([row])}  [{time.time() - started:.0f} s]")
+                    if writer is not None and file is not None:
+                        writer.writerow(row)
+                        file.flush()
+            del whole
+    say(f"left out: {', '.join(left_out) or 'nothing'}; {time.time() - began:.0f} s")
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The columns that are shown, a line for each row."""
+    return "\n".join(" ".join(f"{row.get(column, '')!s:>12}" for column in SHOWN) for row in rows)
+
+
+def _spawned(rank: int, options: Options, store: str) -> None:
+    cuda = options.device == "cuda"
+    if cuda:
+        torch.cuda.set_device(rank)
+    distributed.init_process_group(
+        "nccl" if cuda else "gloo", init_method=f"file://{store}", rank=rank, world_size=options.ranks
+    )
+    run_on_rank(rank, options, init_device_mesh(options.device, (options.ranks,)))
+    distributed.destroy_process_group()
+
+
+def main() -> None:
+    """Parse arguments and start the ranks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["qwen3", "dsv3"], choices=[*SHAPES, *TINY])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[64, 16384, 1024])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--experts", type=int, help="experts of the dsv3 shape, 64 if not given")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--seconds", type=float, default=280)
+    parser.add_argument("--out", default="parallel.csv")
+    given = vars(parser.parse_args())
+    options = Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_spawned, (options, str(Path(folder) / "store")), nprocs=options.ranks)
+
+
+if __name__ == "__main__":
+    main()

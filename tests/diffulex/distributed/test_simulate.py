@@ -1,0 +1,196 @@
+"""Predictions for clusters: what must hold whatever the numbers are, planted measurements, and the kept tables."""
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.bench_parallel import COLUMNS
+from diffulex.benching.shapes import SHAPES, Shape
+from diffulex.distributed import ExpertPlacement, plan_placement
+from diffulex.distributed.simulate import (
+    PAPER,
+    RANKS,
+    WAYS,
+    Links,
+    Scenario,
+    _exchange,
+    compare,
+    main,
+    planned,
+    simulate,
+    table,
+    zipf_load,
+)
+from lowering.errors import MoEOptionError, MoERangeError
+from lowering.schedule.device import H200
+from tests.support.catalogue import raises_catalogue
+
+SMALL = Shape(16, 4, 1024, 512)
+KEPT = Path(__file__).resolve().parents[3] / "docs" / "parallel.md"
+# a nanosecond in a second: sums in another order
+ROUNDING = 1 + 1e-9
+
+
+@st.composite
+def scenarios(draw, ways=WAYS):
+    """Small layers on few ranks, with any loads, replicas now and then, and chunks."""
+    ranks = draw(st.sampled_from([1, 2, 3, 4, 8, 12]))
+    load = draw(
+        st.none() | st.lists(st.integers(0, 1000), min_size=SMALL.num_experts, max_size=SMALL.num_experts).map(tuple)
+    )
+    placement = None
+    if load is not None and draw(st.booleans()):
+        most = min(5, SMALL.num_experts * (ranks - 1))
+        placement = plan_placement(load, ranks, replicas=draw(st.integers(0, most))).placement
+    way, tokens, chunks = draw(st.sampled_from(ways)), draw(st.integers(0, 5000)), draw(st.sampled_from([1, 1, 2, 4]))
+    return Scenario(SMALL, ranks, tokens, way, load, placement, chunks)
+
+
+nodes = st.integers(1, 8).map(lambda size: Links(ranks_per_node=size))
+
+
+@given(scenarios(), nodes, st.integers(0, 5000))
+def test_more_tokens_take_no_less_time(scenario, links, more):
+    larger = dataclasses.replace(scenario, tokens=scenario.tokens + more)
+    before, after = simulate(scenario, links=links), simulate(larger, links=links)
+    for phase in ("dispatch", "experts", "combine", "step"):
+        assert getattr(before, phase) <= getattr(after, phase) * ROUNDING, phase
+
+
+@given(scenarios(), nodes)
+def test_a_step_is_no_shorter_than_its_parts(scenario, links):
+    told = simulate(scenario, links=links)
+    assert told.step * ROUNDING >= max(told.rank_experts) * scenario.chunks == told.experts
+    assert told.step <= (told.dispatch + told.experts + told.combine) * ROUNDING
+    assert told.step * ROUNDING >= told.dispatch + told.combine
+    assert sum(told.shares) == pytest.approx(1) and 1 - 1e-9 <= told.imbalance <= scenario.ranks + 1e-9
+
+
+@given(scenarios(), nodes, st.randoms(use_true_random=False))
+def test_ranks_of_a_node_and_nodes_have_no_order(scenario, links, random):
+    size = links.ranks_per_node
+    if scenario.ranks % size:
+        return
+    owned = scenario.placed.owned
+    groups = [list(owned[start : start + size]) for start in range(0, scenario.ranks, size)]
+    for group in groups:
+        random.shuffle(group)
+    random.shuffle(groups)
+    other = dataclasses.replace(
+        scenario, placement=ExpertPlacement(tuple(ranks for group in groups for ranks in group))
+    )
+    first, second = simulate(scenario, links=links), simulate(other, links=links)
+    assert first.step == pytest.approx(second.step, rel=1e-9)
+    assert sorted(first.rank_experts) == sorted(second.rank_experts)
+
+
+@given(scenarios(), nodes, st.floats(1, 10), st.floats(1, 10))
+def test_faster_links_are_never_slower(scenario, links, inside, between):
+    faster = dataclasses.replace(
+        links,
+        inside_bandwidth=links.inside_bandwidth * inside,
+        between_bandwidth=links.between_bandwidth * between,
+        inside_latency=links.inside_latency / inside,
+    )
+    assert simulate(scenario, links=faster).step <= simulate(scenario, links=links).step * ROUNDING
+
+
+@given(scenarios(ways=("naive",)), st.integers(0, 12))
+def test_replicas_that_are_taken_make_the_gemms_no_slower(scenario, replicas):
+    replicas = min(replicas, SMALL.num_experts * (scenario.ranks - 1))
+    without, with_them = (
+        simulate(dataclasses.replace(scenario, placement=planned(scenario, replicas=count))) for count in (0, replicas)
+    )
+    assert with_them.experts <= without.experts
+
+
+def test_replicas_pay_where_loads_are_skewed_and_tokens_many():
+    skewed = Scenario(SMALL, 4, 4096, load=zipf_load(16, 4))
+    few = dataclasses.replace(skewed, tokens=2, load=None)
+    plain, spread = (
+        simulate(dataclasses.replace(skewed, placement=planned(skewed, replicas=count))) for count in (0, 8)
+    )
+    assert spread.experts < 0.99 * plain.experts and spread.imbalance < plain.imbalance
+    forced = plan_placement(few.loads, 4, replicas=8).placement
+    assert simulate(dataclasses.replace(few, placement=forced)).experts >= simulate(few).experts
+    assert not planned(few, replicas=8).replicas
+
+
+def test_ten_thousand_bytes_over_a_link():
+    """By hand: two ranks, equal loads, half of the slots to the other one, no time to start."""
+    links = Links(2, inside_bandwidth=1e6, inside_latency=0.0)
+    told = simulate(Scenario(SMALL, 2, 100), links=links)
+    assert told.dispatch == pytest.approx(100 * 4 * (2048 + 12) / 2 / 1e6)
+    apart = simulate(Scenario(SMALL, 2, 100), links=Links(1, 1e6, 1e5, 0.0, 0.25))
+    assert apart.dispatch == pytest.approx(3 * 0.25 + 100 * 4 * (2048 + 12) / 2 / 1e5)
+    gathered = simulate(Scenario(SMALL, 2, 100, "static"), links=links)
+    assert gathered.dispatch == pytest.approx(100 * (2048 + 32) / 1e6)
+    assert gathered.combine == pytest.approx(100 * 4 * 2048 / 1e6, rel=1e-3)
+    reduced = simulate(Scenario(SMALL, 2, 100, "tp"), links=links)
+    assert reduced.combine == pytest.approx(100 * 1024 * 4 / 1e6, rel=1e-3)
+
+
+@pytest.mark.parametrize(("source", "target", "seconds"), [(2, 3, 2.0), (3, 2, 2.0), (1, 2, 20.0), (0, 1, 2.0)])
+def test_bytes_take_the_link_between_their_ranks(source, target, seconds):
+    """Nodes of two ranks, ten times as fast inside."""
+    links = Links(2, 1e6, 1e5, 0.0, 0.0)
+    sent = [[2e6 * ((a, b) == (source, target)) for b in range(4)] for a in range(4)]
+    assert _exchange(sent, links) == pytest.approx(seconds)
+
+
+def test_chunks_hide_the_shorter_of_both():
+    whole = simulate(Scenario(SMALL, 2, 65536))
+    halves = simulate(Scenario(SMALL, 2, 65536, chunks=2))
+    assert max(halves.experts, halves.dispatch + halves.combine) < halves.step < whole.step
+
+
+@pytest.mark.parametrize("num_experts", [4, 5, 64])
+def test_zipf_gives_no_expert_more_than_a_token_can(num_experts):
+    loads = zipf_load(num_experts, 4)
+    assert sum(loads) == pytest.approx(1) and max(loads) <= 0.25 + 1e-12
+    assert list(loads) == sorted(loads, reverse=True)
+
+
+def test_what_has_no_meaning_is_refused():
+    with raises_catalogue(MoEOptionError, expected="way in", got="'ring'"):
+        simulate(Scenario(SMALL, 2, 1, "ring"))
+    with raises_catalogue(MoERangeError, expected="tokens >= 0", got="-1 tokens"):
+        simulate(Scenario(SMALL, 2, -1))
+    with raises_catalogue(MoERangeError, expected="loads of 16 experts", got="2 and 3"):
+        simulate(Scenario(SMALL, 2, 1, load=(1.0, 2.0, 3.0)))
+
+
+def planted(path, **cells):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        row = {"device": "NVIDIA H200", "ranks": 2, "shape": "qwen3", "experts_in_all": 128, "tokens": 1024}
+        writer.writerow(row | {"way": "naive"} | cells)
+        writer.writerow(row | {"way": "tp-width", "time_us": 5})
+        writer.writerow(row | {"device": "cpu", "way": "naive", "time_us": 5})
+    return path
+
+
+def test_measurements_stand_beside_predictions(tmp_path, capsys):
+    told = simulate(Scenario(SHAPES["qwen3"], 2, 1024), device=H200)
+    path = planted(tmp_path / "parallel.csv", time_us=2e6 * told.step, experts_us=1e6 * told.experts, combine_us="")
+    found = {one.phase: one for one in compare(path)}
+    assert set(found) == {"time", "experts"} and found["time"].ratio == pytest.approx(0.5)
+    assert found["experts"].ratio == pytest.approx(1) and found["experts"].predicted == pytest.approx(
+        1e6 * told.experts
+    )
+    main(["--compare", str(path)])
+    assert "ratio 0.50" in capsys.readouterr().out
+
+
+def test_the_kept_tables_are_what_is_predicted(capsys):
+    text = KEPT.read_text(encoding="utf-8")
+    main(["--ranks", "8", "--tokens", "128"])
+    assert capsys.readouterr().out.strip().splitlines()[4] in text
+    for name, tokens in (("deepseek-v3", 4096), ("deepseek-v3", 128), ("qwen3", 4096)):
+        assert table(name, tokens) in text, f"python -m diffulex.distributed.simulate --shape {name} --tokens {tokens}"
+    assert RANKS == (8, 16, 32, 64) and set(PAPER) == {"deepseek-v3", "qwen3"}
