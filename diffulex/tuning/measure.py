@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowering.schedule.schedule import Schedule
+from lowering.schedule.schedule import PLAIN, Schedule
 from lowering.templates import eager, standalone
 
 from ..benching.inputs import count_of_sets
@@ -58,7 +58,8 @@ def kernel_of(job: Job) -> tuple[object, ...]:
     """Equal for jobs that come to one kernel: of the row count, triton looks at whether it is 1 or a multiple of 16."""
     cell, schedule = job
     wide = cell.rows * cell.gemm.width >= 2**31
-    return cell.case, cell.stage, cell.dtype, schedule, cell.rows == 1, cell.rows % 16 == 0, wide
+    forms = cell.rows == 1, cell.rows % 16 == 0, stays_in_place(cell, schedule)
+    return cell.case, cell.stage, cell.dtype, schedule, forms, wide
 
 
 def compile_job(job: Job, *, most_shared: int) -> str:
@@ -66,14 +67,20 @@ def compile_job(job: Job, *, most_shared: int) -> str:
     cell, schedule = job
     shape, up, spec = cell.gemm, cell.stage == "up", cell.case.spec
     tensors = {name: tensor for name, tensor in tensors_of(cell, "meta").items() if tensor is not None}
-    for name, size in (("ORDER", cell.rows), ("OFFSETS", shape.num_experts + 1)):
-        tensors[name] = torch.empty(size, dtype=torch.int32, device="meta")
+    by_slot = stays_in_place(cell, schedule)
+    if by_slot:
+        tensors["IDS"] = torch.empty(1, cell.rows, dtype=torch.int64, device="meta")
+    else:
+        for name, size in (("ORDER", cell.rows), ("OFFSETS", shape.num_experts + 1)):
+            tensors[name] = torch.empty(size, dtype=torch.int32, device="meta")
     tensors["OUT"] = torch.empty(cell.rows, shape.width, dtype=cell.dtype, device="meta")
     variant = (
         eager.up_variant(cell.dtype, act=act_of(cell), bias=spec.bias, interleaved=spec.interleaved)
         if up
         else eager.down_variant(cell.dtype, bias=spec.bias)
-    ).scheduled(schedule, depth=shape.depth, strides=tensors["W"].stride())
+    )
+    variant = dataclasses.replace(variant, by_slot=by_slot)
+    variant = variant.scheduled(schedule, depth=shape.depth, strides=tensors["W"].stride())
     top_k = cell.case.shape.top_k if up else 1
     constants = eager.gemm_constants(shape.num_experts, top_k, width=shape.width, schedule=schedule)
     constants["INDEX_DTYPE"] = eager.index_type(tensors["OUT"])
@@ -132,9 +139,18 @@ def on_gpu(most_shared: int) -> Iterator[OnGpu]:
         yield OnGpu(pool, most_shared=most_shared)
 
 
-def launch(cell: Cell, tensors: dict[str, Any], order_N: Tensor, offsets_E1: Tensor, *, schedule: Schedule) -> Tensor:
-    """The GEMM over a routing by ORDER [N] and OFFSETS [E+1] int32: [N, I] or [N, H] in the cell's dtype."""
+def stays_in_place(cell: Cell, schedule: Schedule) -> bool:
+    """Whether a compiled graph leaves the slots of the cell as they are: one token's."""
+    return cell.tokens == 1 and cell.rows <= cell.gemm.num_experts and schedule.loop == PLAIN
+
+
+def launch(
+    cell: Cell, tensors: dict[str, Any], ids_TK: Tensor, order_N: Tensor, offsets_E1: Tensor | None, *, schedule: Schedule
+) -> Tensor:
+    """The GEMM over ids [T, K] int64, and their ORDER [N] and OFFSETS [E+1] int32: [N, I] or [N, H] in the cell's dtype."""
     a, weight, bias = tensors["A"], tensors["W"], tensors["BIAS"]
+    if stays_in_place(cell, schedule):
+        order_N, offsets_E1 = ids_TK, None
     if cell.stage == "down":
         return eager.moe_expert_down(a, weight, bias, order_N, offsets_E1, schedule=schedule)
     interleaved = cell.case.spec.interleaved
@@ -144,7 +160,7 @@ def launch(cell: Cell, tensors: dict[str, Any], order_N: Tensor, offsets_E1: Ten
 
 
 def compare(
-    cell: Cell, calls: Mapping[Schedule, Callable[..., Tensor]], *, routing: tuple[Tensor, Tensor]
+    cell: Cell, calls: Mapping[Schedule, Callable[..., Tensor]], *, routing: tuple[Tensor, ...]
 ) -> tuple[dict[Schedule, float], dict[Schedule, str]]:
     """(distances from the first one's result [N, Y] in its norm, in any floating dtype, of those that are right; what
     is wrong with the others). Where the first one does not run or is not finite, none is right.
@@ -169,11 +185,14 @@ def compare(
     return errors, refused
 
 
-def _routing(cell: Cell, seed: int) -> tuple[Tensor, Tensor]:
-    """(ORDER [N], OFFSETS [E+1]) int32 of tokens that choose their experts at random."""
+def _routing(cell: Cell, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids [T, K] int64, ORDER [N] and OFFSETS [E+1] int32) of tokens that choose their experts at random.
+
+    A token's ids ascend, so that the slots of one token, which may stay in place, have the order of sorted ones.
+    """
     shape, generator = cell.case.shape, torch.Generator("cuda").manual_seed(seed)
     logits_TE = torch.randn(cell.tokens, shape.num_experts, device="cuda", generator=generator)
-    ids_N = logits_TE.topk(shape.top_k, dim=-1).indices.reshape(-1)
-    counts_E = torch.bincount(ids_N, minlength=shape.num_experts)
+    ids_TK = logits_TE.topk(shape.top_k, dim=-1).indices.sort(dim=-1).values
+    counts_E = torch.bincount(ids_TK.reshape(-1), minlength=shape.num_experts)
     offsets_E1 = torch.nn.functional.pad(counts_E.cumsum(0), (1, 0)).int()
-    return torch.argsort(ids_N, stable=True).int(), offsets_E1
+    return ids_TK, torch.argsort(ids_TK.reshape(-1), stable=True).int(), offsets_E1

@@ -69,7 +69,8 @@ def _expert_gemm(
     variant: ExpertGemmVariant, tensors: dict[str, Tensor], top_k: int, schedule: Schedule | None = None
 ) -> None:
     weight_EYX, out_NY = tensors["W"], tensors["OUT"]
-    tensors |= {name: tensors[name].contiguous() for name in ("ORDER", "OFFSETS")}  # the text reads them unit by unit
+    index = ("IDS",) if "IDS" in tensors else ("ORDER", "OFFSETS")
+    tensors |= {name: tensors[name].contiguous() for name in index}  # the text reads them unit by unit
     num_experts, _, depth = weight_EYX.shape
     rows, width = out_NY.shape
     if schedule is None:
@@ -81,6 +82,7 @@ def _expert_gemm(
             got=str(reason),
             hint="Pass schedule.without_tma(), or None to have one planned.",
         )
+    variant = dataclasses.replace(variant, by_slot="IDS" in tensors)
     variant = variant.scheduled(schedule, depth=depth, strides=weight_EYX.stride())
     constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
     constants["INDEX_DTYPE"] = index_type(out_NY)
@@ -149,24 +151,31 @@ def gemm_constants(num_experts: int, top_k: int, *, width: int, schedule: Schedu
     }
 
 
+def _index(order_N: Tensor, offsets_E1: Tensor | None) -> dict[str, Tensor]:
+    return {"IDS": order_N} if offsets_E1 is None else {"ORDER": order_N, "OFFSETS": offsets_E1}
+
+
 def moe_expert_up(
     hidden_TH: Tensor,
     w13_EJH: Tensor,
     b13_EJ: Tensor | None,
     order_N: Tensor,
-    offsets_E1: Tensor,
+    offsets_E1: Tensor | None,
     *,
     act: str = IDENTITY,
     interleaved: bool = False,
     schedule: Schedule | None = None,
 ) -> Tensor:
-    """CUDA kernel of `diffulex::moe_expert_up`: act_NI [N, I] in the dtype of hidden (fp32, fp16 or bf16)."""
+    """CUDA kernel of `diffulex::moe_expert_up`: act_NI [N, I] in the dtype of hidden (fp32, fp16 or bf16).
+
+    Without offsets, `order_N` are the ids [1, K] of one token, whose slots stay as they are, by a schedule given.
+    """
     act = canonical(act)
-    rows = order_N.shape[0]
+    rows = order_N.numel()
     top_k = rows // max(1, hidden_TH.shape[0])
     out_NI = hidden_TH.new_empty(rows, intermediate_size(act, w13_EJH.shape[1]))
     variant = up_variant(hidden_TH.dtype, act=act, bias=b13_EJ is not None, interleaved=interleaved)
-    tensors = {"A": hidden_TH, "W": w13_EJH, "ORDER": order_N, "OFFSETS": offsets_E1, "OUT": out_NI}
+    tensors = {"A": hidden_TH, "W": w13_EJH, "OUT": out_NI, **_index(order_N, offsets_E1)}
     if b13_EJ is not None:
         tensors["BIAS"] = b13_EJ
     _expert_gemm(variant, tensors, max(1, top_k), schedule)
@@ -178,14 +187,17 @@ def moe_expert_down(
     w2_EHI: Tensor,
     b2_EH: Tensor | None,
     order_N: Tensor,
-    offsets_E1: Tensor,
+    offsets_E1: Tensor | None,
     *,
     schedule: Schedule | None = None,
 ) -> Tensor:
-    """CUDA kernel of `diffulex::moe_expert_down`: slots_NH [N, H] in the dtype of act (fp32, fp16 or bf16)."""
+    """CUDA kernel of `diffulex::moe_expert_down`: slots_NH [N, H] in the dtype of act (fp32, fp16 or bf16).
+
+    Without offsets, `order_N` are the ids [1, K] of one token, whose slots stay as they are, by a schedule given.
+    """
     out_NH = act_NI.new_empty(act_NI.shape[0], w2_EHI.shape[1])
     variant = down_variant(act_NI.dtype, bias=b2_EH is not None)
-    tensors = {"A": act_NI, "W": w2_EHI, "ORDER": order_N, "OFFSETS": offsets_E1, "OUT": out_NH}
+    tensors = {"A": act_NI, "W": w2_EHI, "OUT": out_NH, **_index(order_N, offsets_E1)}
     if b2_EH is not None:
         tensors["BIAS"] = b2_EH
     _expert_gemm(variant, tensors, 1, schedule)

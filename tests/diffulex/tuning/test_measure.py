@@ -12,7 +12,7 @@ import torch
 from diffulex.benching.shapes import Case
 from diffulex.tuning import measure
 from diffulex.tuning.cells import Cell, tensors_of
-from diffulex.tuning.measure import OnGpu, compare, compile_job, kernel_of, launch, tolerance
+from diffulex.tuning.measure import OnGpu, compare, compile_job, kernel_of, launch, stays_in_place, tolerance
 from lowering.inductor.fake_device import fake_gpu
 from lowering.reference.moe_expert_down import moe_expert_down_reference
 from lowering.reference.moe_expert_up import moe_expert_up_reference
@@ -25,17 +25,19 @@ FIRST, SECOND = Schedule(16, 32, 32, 4, 3), Schedule(16, 16, 64, 4, 3, Loop(grou
 
 
 def routing(cell):
-    ids = torch.randn(cell.tokens, 8).topk(2).indices.reshape(-1)
-    offsets = torch.nn.functional.pad(torch.bincount(ids, minlength=8).cumsum(0), (1, 0)).int()
-    return torch.argsort(ids, stable=True).int(), offsets
+    ids = torch.randn(cell.tokens, 8).topk(2).indices.sort().values
+    offsets = torch.nn.functional.pad(torch.bincount(ids.reshape(-1), minlength=8).cumsum(0), (1, 0)).int()
+    return ids, torch.argsort(ids.reshape(-1), stable=True).int(), offsets
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("stage", ["up", "down"])
-def test_schedules_that_compute_the_same_are_right(form, stage, monkeypatch):
-    """The launches themselves, in Triton's interpreter."""
+def test_schedules_that_compute_the_same_are_right(form, tokens, stage, monkeypatch):
+    """The launches themselves, in Triton's interpreter; for one token the first schedule leaves the slots in place."""
     interpret(monkeypatch)
-    cell = Cell(Case(form, SHAPE, FORMS[form]), stage, 5, torch.float32)
+    cell = Cell(Case(form, SHAPE, FORMS[form]), stage, tokens, torch.float32)
+    assert stays_in_place(cell, FIRST) == (tokens == 1) and not stays_in_place(cell, SECOND)
     tensors = tensors_of(cell, "cpu")
     calls = {s: functools.partial(launch, cell, tensors, schedule=s) for s in (FIRST, SECOND)}
     slots = routing(cell)
@@ -44,9 +46,9 @@ def test_schedules_that_compute_the_same_are_right(form, stage, monkeypatch):
     a, weight, bias = (value if value is None else value.double() for value in tensors.values())
     if stage == "up":
         form = {"act": cell.case.spec.act, "interleaved": cell.case.spec.interleaved, "top_k": 2}
-        exact = moe_expert_up_reference(a, weight, *slots, b13_EJ=bias, **form)
+        exact = moe_expert_up_reference(a, weight, *slots[1:], b13_EJ=bias, **form)
     else:
-        exact = moe_expert_down_reference(a, weight, *slots, b2_EH=bias)
+        exact = moe_expert_down_reference(a, weight, *slots[1:], b2_EH=bias)
     assert (calls[FIRST](*slots) - exact).norm() < tolerance(cell) * exact.norm()
     assert errors[FIRST] == 0 <= errors[SECOND] < tolerance(cell)
 
@@ -54,7 +56,7 @@ def test_schedules_that_compute_the_same_are_right(form, stage, monkeypatch):
 def calling(*results):
     """A schedule for each result; an exception is raised."""
 
-    def call(result, order, offsets):
+    def call(result, ids, order, offsets):
         if isinstance(result, Exception):
             raise result
         return result
@@ -72,7 +74,7 @@ def test_what_differs_or_does_not_run_is_not_timed():
     stray[0, 0] = math.nan
     near = OUT * (1 + tolerance(CELL) / 2)
     calls = calling(OUT, near, wrong, stray, RuntimeError("out of resource"), -OUT, OUT)
-    errors, refused = compare(CELL, calls, routing=(None, None))
+    errors, refused = compare(CELL, calls, routing=(None, None, None))
     assert [s.num_stages for s in errors] == [0, 1, 6] and [s.num_stages for s in refused] == [2, 3, 4, 5]
     assert "differs from the planned schedule's result by" in next(iter(refused.values()))
     assert list(refused.values())[2] == "RuntimeError: out of resource"
@@ -80,7 +82,7 @@ def test_what_differs_or_does_not_run_is_not_timed():
 
 @pytest.mark.parametrize("first", [RuntimeError("no"), OUT * math.nan, OUT * 0], ids=["raises", "nan", "zero"])
 def test_without_a_result_to_compare_with_nothing_is_right(first):
-    errors, refused = compare(CELL, calling(first, OUT, OUT), routing=(None, None))
+    errors, refused = compare(CELL, calling(first, OUT, OUT), routing=(None, None, None))
     assert not errors and len(refused) == 1
 
 
@@ -93,8 +95,9 @@ def test_two_roundings_are_allowed_for():
 
 
 def test_a_kernel_is_compiled_once_for_all_row_counts_it_is_the_same_for():
-    kernels = [kernel_of((Cell(PLAIN, "up", tokens), FIRST)) for tokens in (1, 3, 8, 64, 4096)]
+    kernels = [kernel_of((Cell(PLAIN, "up", tokens), FIRST)) for tokens in (2, 3, 8, 64, 4096)]
     assert len(set(kernels)) == 2 and kernels[0] == kernels[1] != kernels[2] == kernels[4]
+    assert kernel_of((Cell(PLAIN, "up", 1), FIRST)) != kernels[0]  # whose slots stay in place
     assert kernel_of((Cell(PLAIN, "up", 8), SECOND)) != kernels[2] != kernel_of((Cell(PLAIN, "down", 8), FIRST))
 
 
@@ -135,9 +138,9 @@ def test_without_a_limit_all_kernels_are_waited_for(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: nothing to fake")
-@pytest.mark.parametrize(("form", "stage"), [("gpt_oss", "up"), ("plain", "down")])
-def test_kernels_are_compiled_for_the_device_ahead(form, stage):
-    cell = Cell(Case(form, SHAPE, FORMS[form]), stage, 8)
+@pytest.mark.parametrize(("form", "stage", "tokens"), [("gpt_oss", "up", 8), ("plain", "down", 8), ("plain", "up", 1)])
+def test_kernels_are_compiled_for_the_device_ahead(form, stage, tokens):
+    cell = Cell(Case(form, SHAPE, FORMS[form]), stage, tokens)
     schedule = Schedule(64, 32, 32, 4, 3, Loop(tma=True)) if stage == "down" else FIRST
     with fake_gpu():
         assert compile_job((cell, schedule), most_shared=232_448) == ""
