@@ -75,11 +75,11 @@ def _eager(implementation: str) -> Callable[[Layer, str], Runner]:
 def compiled(layer: Layer, source: str, *, early: bool = True) -> Runner:
     """transformers' grouped_mm under torch.compile: diffulex where it is on, stock Inductor where it is not.
 
-    early: kernels of both may begin early. Those of diffulex do under `mode="reduce-overhead"`, for which the CUDA graphs
-    that are timed stand.
+    early: kernels of both may begin early. Those of diffulex do under `mode="reduce-overhead"`, for which the CUDA
+    graphs that are timed stand.
     """
     runner = _transformers(layer, source, implementation="grouped_mm")
-    options = {"triton.enable_pdl": early}
+    options: dict[str, str | int | bool | Callable[..., Any]] = {"triton.enable_pdl": early}
     return dataclasses.replace(runner, run=torch.compile(runner.run, fullgraph=True, dynamic=False, options=options))
 
 

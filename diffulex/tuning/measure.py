@@ -145,9 +145,15 @@ def stays_in_place(cell: Cell, schedule: Schedule) -> bool:
 
 
 def launch(
-    cell: Cell, tensors: dict[str, Any], ids_TK: Tensor, order_N: Tensor, offsets_E1: Tensor | None, *, schedule: Schedule
+    cell: Cell,
+    tensors: dict[str, Any],
+    ids_TK: Tensor,
+    order_N: Tensor,
+    offsets_E1: Tensor | None,
+    *,
+    schedule: Schedule,
 ) -> Tensor:
-    """The GEMM over ids [T, K] int64, and their ORDER [N] and OFFSETS [E+1] int32: [N, I] or [N, H] in the cell's dtype."""
+    """The GEMM over ids [T, K] int64 and their ORDER [N] and OFFSETS [E+1] int32: [N, I] or [N, H], the cell's dtype."""
     a, weight, bias = tensors["A"], tensors["W"], tensors["BIAS"]
     if stays_in_place(cell, schedule):
         order_N, offsets_E1 = ids_TK, None

@@ -4,6 +4,7 @@ on the device, the times that were measured then.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -49,7 +50,9 @@ def _descriptor_schedules(shape: GemmShape, device: DeviceSpec) -> Iterator[Sche
             # the stored tile and the next one's operands have to fit side by side in a flattened loop
             loop = Loop(tma=True, flatten=flatten, subtiles=2 if flatten and block_n == 256 else 1)
             group_m = 16 if shape.gated else 8  # with halves twice as wide, a wave's square has twice the row tiles
-            yield Schedule(block_m, block_n, block_k, block_m // 16, num_stages, loop, group_m)
+            for tail in (1, 2) if block_n >= 128 else (1,):  # to the model they are equal: times decide
+                cut = dataclasses.replace(loop, tail=tail)
+                yield Schedule(block_m, block_n, block_k, block_m // 16, num_stages, cut, group_m)
 
 
 @functools.lru_cache(maxsize=256)

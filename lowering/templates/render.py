@@ -132,6 +132,7 @@ class ExpertGemmVariant:
             up_ptr="w_up_ptr" if self.shared else "w_ptr + up_shift",
             grouped=self.loop.grouped,
             subtiles=self.loop.subtiles,
+            tail=self.loop.tail,
             flatten=self.loop.flatten,
             functions=_render("moe_activation_functions", act=act),
         )

@@ -1,5 +1,7 @@
 """Cells: the GEMM that a graph of the layer is planned for, and the schedules that are timed."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -73,11 +75,12 @@ def test_planned_schedules_come_first_then_the_models_best(name):
             found = to_time(cell, H100, best=6)
             assert found[0] == planned(cell, H100)[BY_MODEL] in [r.schedules[index] for r in ranges]
             assert exact_schedule(cell.rows, cell.gemm, device=H100) in found
-            assert (
-                len(found) == len(set(found))
-                and 6 <= len(found) <= 9
-                and set(found) <= set(candidates(cell.gemm, H100))
-            )
+            whole = [schedule for schedule in found if schedule.loop.tail == 1]
+            assert len(found) == len(set(found)) and 6 <= len(whole) <= 9
+            assert set(found) <= set(candidates(cell.gemm, H100))
+            # the last wave is cut where the same tiles are timed with it whole
+            uncut = [dataclasses.replace(s, loop=dataclasses.replace(s.loop, tail=1)) for s in found if s.loop.tail > 1]
+            assert set(uncut) <= set(whole) and (tokens < 512 or stage == "up" or uncut)
 
 
 def test_all_that_could_win():

@@ -17,7 +17,7 @@ from lowering.inductor import identity
 from lowering.schedule import storage
 from lowering.schedule.device import H100, H200
 from lowering.schedule.plan import candidates
-from lowering.schedule.schedule import GemmShape
+from lowering.schedule.schedule import GemmShape, Schedule, numbers_of
 from tests.support.tuned import model_times, tuned_folder
 
 SHAPE = GemmShape(8, 256, 128, True)
@@ -149,7 +149,7 @@ def times(*values):
     return gemm(cells=[{"rows": 8, "times": list(values)}])
 
 
-NUMBERS = [16, 64, 128, 4, 3, 0, 0, 1, 0, 8]
+NUMBERS = numbers_of(Schedule(16, 64, 128, 4, 3))
 
 
 @pytest.mark.parametrize(

@@ -133,10 +133,10 @@ def test_between_measured_rows_the_model_is_corrected(folder):
     slow = next(iter(model_times(UP, H100, 64)))
     slower = {64: 2.0, 4096: 8.0}
     for rows, by in slower.items():
-        times = dict.fromkeys(model_times(UP, H100, rows, count=100), 1.0)
+        times = dict.fromkeys(model_times(UP, H100, rows, count=200), 1.0)
         assert slow in times
         keep(
-            H100, {UP: {rows: model_times(UP, H100, rows, count=100, factor=lambda s, by=by: by if s == slow else 1.0)}}
+            H100, {UP: {rows: model_times(UP, H100, rows, count=200, factor=lambda s, by=by: by if s == slow else 1.0)}}
         )
     corrected, plain = (plans._times(UP, H100, tuned=on)[1] for on in (True, False))
     for rows, by in {8: 2.0, 64: 2.0, 512: 4.0, 4096: 8.0, 1 << 20: 8.0}.items():
