@@ -153,7 +153,7 @@ def launch(
     *,
     schedule: Schedule,
 ) -> Tensor:
-    """The GEMM over ids [T, K] int64 and their ORDER [N] and OFFSETS [E+1] int32: [N, I] or [N, H], the cell's dtype."""
+    """The GEMM over ids [T, K] int64, their ORDER [N] and OFFSETS [E+1] int32: [N, I] or [N, H] in the cell's dtype."""
     a, weight, bias = tensors["A"], tensors["W"], tensors["BIAS"]
     if stays_in_place(cell, schedule):
         order_N, offsets_E1 = ids_TK, None
