@@ -13,13 +13,13 @@ from torch import Tensor
 from lowering.activation import canonical, is_gated
 from lowering.schedule.cost_model import predict
 from lowering.schedule.device import DeviceSpec
-from lowering.schedule.plan import candidates, exact_schedule, plan, range_of, schedule_for
+from lowering.schedule.plan import candidates, exact_schedule, in_other_orders, plan, range_of, schedule_for
 from lowering.schedule.schedule import GemmShape, Schedule, tma_refusal
 
 from ..benching.shapes import Case
 
 STAGES = ("up", "down")
-_CUT = 6  # of the first schedules, with the last wave cut too
+_IN_OTHER_ORDERS = 3  # of the first schedules
 BY_MODEL, BY_MODEL_FOR_ROWS, NOW = "the cost model", "the cost model for just these rows", "the plan in force"
 
 
@@ -90,23 +90,18 @@ def planned(cell: Cell, device: DeviceSpec) -> dict[str, Schedule]:
 def to_time(cell: Cell, device: DeviceSpec, *, best: int) -> list[Schedule]:
     """The planned schedules, then those that the model ranks first, `best` of them; 0: all but hopeless ones.
 
-    Those that differ in how the last wave is cut are one to the model, and count once: the first few are tried so, too.
+    The first few are tried in other orders of their tiles, too.
     """
     gemm, rows = cell.gemm, cell.rows
     found = candidates(gemm, device)
     if best:
-        ranked = sorted(found, key=lambda schedule: predict(rows, gemm, schedule=schedule, device=device))
-        whole = [schedule for schedule in ranked if schedule.loop.tail == 1][:best]
-        found = whole + [schedule for schedule in ranked if schedule.loop.tail > 1 and _uncut(schedule) in whole[:_CUT]]
+        found = sorted(found, key=lambda schedule: predict(rows, gemm, schedule=schedule, device=device))[:best]
+        found += [other for schedule in found[:_IN_OTHER_ORDERS] for other in in_other_orders(schedule)]
     else:  # tiles far from the rows that an expert gets cannot win and take long
         own = max(1.0, rows / gemm.num_experts)
         found = [schedule for schedule in found if min(64, own / 8) <= schedule.block_m <= max(16, 4 * own)]
     alone = schedule_for(rows, gemm, device=device)  # in eager mode, where GEMMs are planned one by one
     return list(dict.fromkeys([*planned(cell, device).values(), alone, *found]))
-
-
-def _uncut(schedule: Schedule) -> Schedule:
-    return dataclasses.replace(schedule, loop=dataclasses.replace(schedule.loop, tail=1))
 
 
 def tensors_of(cell: Cell, device: torch.device | str) -> dict[str, Any]:

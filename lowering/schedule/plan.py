@@ -50,15 +50,25 @@ def _descriptor_schedules(shape: GemmShape, device: DeviceSpec) -> Iterator[Sche
             # the stored tile and the next one's operands have to fit side by side in a flattened loop
             loop = Loop(tma=True, flatten=flatten, subtiles=2 if flatten and block_n == 256 else 1)
             group_m = 16 if shape.gated else 8  # with halves twice as wide, a wave's square has twice the row tiles
-            for tail in (1, 2) if block_n >= 128 else (1,):  # to the model they are equal: times decide
-                cut = dataclasses.replace(loop, tail=tail)
-                yield Schedule(block_m, block_n, block_k, block_m // 16, num_stages, cut, group_m)
+            yield Schedule(block_m, block_n, block_k, block_m // 16, num_stages, loop, group_m)
+
+
+def in_other_orders(schedule: Schedule) -> list[Schedule]:
+    """The same tiles by descriptors in other orders. To the model all are equal, so only measured times choose one."""
+    if not schedule.loop.tma:
+        return []
+    orders = itertools.product((False, True), (1, 2) if schedule.block_n >= 128 else (1,))
+    loops = [dataclasses.replace(schedule.loop, across=across, tail=tail) for across, tail in orders]
+    return [dataclasses.replace(schedule, loop=loop) for loop in loops if loop != schedule.loop]
 
 
 @functools.lru_cache(maxsize=256)
 def _times(shape: GemmShape, device: DeviceSpec, *, tuned: bool = True) -> tuple[list[Schedule], tuned_times.Times]:
     """(schedules, their times by the row count)."""
     schedules = candidates(shape, device)
+    if tuned and (times := tuned_times.measured(shape, device)):
+        known = {schedule for cell in times.values() for schedule in cell}
+        schedules += [other for schedule in schedules for other in in_other_orders(schedule) if other in known]
     return schedules, tuned_times.Times(shape, device, schedules=schedules, tuned=tuned)
 
 

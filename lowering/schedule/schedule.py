@@ -18,6 +18,7 @@ class Loop:
     subtiles  1 or 2 parts of a tile's columns are stored one after the other (tma)
     grouped   row tiles of an expert share columns of weights in groups (always so with tma)
     tail      1, 2 or 4 parts of their columns that tiles of the last wave are cut into, where it is not full (tma)
+    across    these groups hold row tiles of several experts (tma)
     """
 
     tma: bool = False
@@ -25,6 +26,7 @@ class Loop:
     subtiles: int = 1
     grouped: bool = False
     tail: int = 1
+    across: bool = False
 
     def __str__(self) -> str:
         words = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is True]

@@ -133,6 +133,7 @@ class ExpertGemmVariant:
             grouped=self.loop.grouped,
             subtiles=self.loop.subtiles,
             tail=self.loop.tail,
+            across=self.loop.across,
             flatten=self.loop.flatten,
             functions=_render("moe_activation_functions", act=act),
         )

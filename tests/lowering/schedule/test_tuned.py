@@ -86,6 +86,17 @@ def test_a_schedule_that_is_far_better_is_the_one_of_its_range(folder):
         assert plans.range_of(rows, plan((UP, DOWN), H100)).schedules[0] == best
 
 
+def test_another_order_of_tiles_is_taken_where_it_was_measured_to_be_faster(folder):
+    times = model_times(UP, H100, 4096)
+    usual = exact_schedule(4096, UP, device=H100)
+    other = plans.in_other_orders(usual)[0]
+    assert usual in times and other not in times
+    for factor, best in ((1.02, usual), (0.98, other)):
+        keep(H100, {UP: {4096: {**times, other: times[usual] * factor}}})
+        assert exact_schedule(4096, UP, device=H100) == best
+    assert exact_schedule(4096, UP, device=H100, tuned=False) == usual
+
+
 def test_rows_fewer_than_plans_look_at_otherwise_count_where_they_were_measured(folder):
     """Two rows, one token of a model with two experts a token; the schedule that is best there is slow from 8 on."""
     some = list(model_times(UP, H100, 8))
