@@ -33,7 +33,8 @@ from .agreement import told_by_ranks
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Where more bytes than that are to be read by a rank, the copy into the buffer costs more than a collective's start.
+# Where more bytes than that are to be read by a rank, the copy into the buffer costs more than a collective's start: by
+# arithmetic, not measured, 128 MiB read and written at 3 TB/s beside 45 us.
 MOST_BYTES = 64 << 20
 _ALIGNED = 256  # bytes; parts begin there, so that copies are vectorised
 _LIBRARY = torch.library.Library("diffulex_ranks", "DEF")
