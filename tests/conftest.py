@@ -21,6 +21,17 @@ settings.register_profile("release", max_examples=10_000, print_blob=True, **_CO
 settings.load_profile("ci")  # the command line option is applied after this file
 
 
+@pytest.fixture(autouse=True, scope="session")
+def untuned(tmp_path_factory):
+    """Plans by the cost model, whatever times whoever runs the tests has tuned on this machine."""
+    from lowering.schedule import storage
+
+    folder = tmp_path_factory.mktemp("untuned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "_root", lambda: folder)
+        yield
+
+
 @pytest.fixture
 def fresh_dynamo():
     """A test that finds nothing compiled and nothing counted, and leaves nothing compiled."""

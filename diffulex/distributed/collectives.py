@@ -7,6 +7,7 @@ ranks, in an all-reduce in the order of its algorithm, which is the same for all
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,18 @@ def of_first_rank(tensor: Tensor, *, group: str) -> Tensor:
 def total_of_ranks(counts: Tensor, group: str) -> Tensor:
     """The sum over all ranks of `group` of an integer tensor [...], in its dtype; not differentiable."""
     return _OPS.wait_tensor(_OPS.all_reduce(counts.contiguous(), "sum", group))
+
+
+def added_in_order(parts: Sequence[Tensor]) -> Tensor:
+    """The sum [...] of floating tensors [...] of one dtype, from first to last, in fp32 or wider.
+
+    Not `torch.sum` over a dimension: that adds five or more of them in an order that depends on their sizes.
+    """
+    first, *others = parts
+    total = first.to(_wide(first))
+    for other in others:
+        total = total + other
+    return total
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

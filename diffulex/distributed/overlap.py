@@ -8,7 +8,8 @@ Why that is right. Every part has a place of its own in the buffer, as have the 
 after every rank's tokens are written, the one in `send` after every rank's sums of that part; the copies come after
 these. `collect` comes after all copies of this rank, and its barrier after those of all ranks: like an exchange of the
 `Workspace`, a call finds the buffer free and leaves it free. What is under way is the workspace's and not the graph's,
-so no compiler sees a tensor that is still being written; each op takes a result of the one before it, so none is moved.
+so no compiler sees a tensor that is still being written; each op takes a result of the one before it, so none is moved
+within a call. Calls that do not depend on one another may be interleaved by a compiler; `Workspace` refuses those.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class Flight:
 
 def begin(space: Workspace, hidden_TH: Tensor, details_TD: Tensor, *, capacity: int, chunks: int) -> Tensor:
     """Give tokens to all ranks: hidden [T, H] floating; returns the details [ranks * C, D] int of all, C = capacity."""
+    space.check_free()
     flight = Flight(space, hidden_TH, details_TD, capacity=capacity, chunks=chunks)
     for number, tensor in enumerate((hidden_TH, details_TD)):
         own, tokens = flight.view(flight.rank, number), tensor.shape[0]

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from .collectives import added_in_order
 from .overlap import begin_op, collect_op, rows_op, send_op
 from .tokens import Route, gathered, rows_back
 
@@ -80,7 +81,7 @@ class PartsOfCollectives(Parts):
 
     def send(self, sums_XH: Tensor, chunk: int) -> None:
         """Give back the sums [X, H] of a part, fp32 or wider."""
-        self.sent.append(rows_back(sums_XH, self.route).unflatten(0, (self.route.size, -1)).sum(0))
+        self.sent.append(added_in_order(rows_back(sums_XH, self.route).chunk(self.route.size)))
 
     def collect(self) -> Tensor:
         """The sums of all ranks for this one's places, [C, H] in the floating dtype of the hidden states."""

@@ -36,8 +36,8 @@ _ELEMENT, _SUM, _DETAIL = 2, 4, 12  # bytes: bf16, fp32, and what goes with a sl
 class Links:
     """Bytes per second that a rank sends, and receives, at the same time; seconds until an exchange gets going.
 
-    Within a node: two H100 80GB with 18 NVLinks between them, torch 2.11, NCCL: 64 Mi bytes of slots across in 975 us,
-    and 44 to 61 us for any exchange of 64 tokens. Between nodes nothing was measured: 400 Gbit/s a rank is what such
+    Within a node: two H100 80GB with 18 NVLinks between them, torch 2.11, NCCL: 256 MiB of slots across in 975 us, and
+    44 to 61 us for any exchange of 64 tokens. Between nodes nothing was measured: 400 Gbit/s a rank is what such
     clusters have by their data sheets, and the start is taken as a half longer.
     """
 

@@ -20,20 +20,21 @@ from __future__ import annotations
 import math
 import socket
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lowering.errors import MoERangeError, Reason, ReasonCode
+from lowering.errors import MoERangeError, MoEStageError, Reason, ReasonCode
 
 from .agreement import told_by_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Where more bytes than that are to be read by a rank, the copy into the buffer costs more than a collective's start.
+# Where more bytes than that are to be read by a rank, the copy into the buffer costs more than a collective's start: by
+# arithmetic, not measured, 128 MiB read and written at 3 TB/s beside 45 us.
 MOST_BYTES = 64 << 20
 _ALIGNED = 256  # bytes; parts begin there, so that copies are vectorised
 _LIBRARY = torch.library.Library("diffulex_ranks", "DEF")
@@ -87,6 +88,7 @@ class Workspace:
 
     def gather(self, parts: Sequence[Tensor], capacity: int) -> list[Tensor]:
         """Tensors [T, X] of any dtype, T <= capacity C on each rank -> [ranks * C, X], with zeros behind the T rows."""
+        self.check_free()
         shapes = [((capacity, *part.shape[1:]), part.dtype) for part in parts]
         offsets = self.offsets(shapes)
         for part, (sizes, _), offset in zip(parts, shapes, offsets, strict=True):
@@ -105,6 +107,7 @@ class Workspace:
 
     def all_to_all(self, rows: Tensor) -> Tensor:
         """The r-th of equal parts of rows [R, ...], any dtype, to rank r; [R, ...] with rank 0's for this one first."""
+        self.check_free()
         self.offsets([(rows.shape, rows.dtype)])
         rank, size = self.handle.rank, self.handle.world_size
         count = rows.shape[0] // size
@@ -120,6 +123,21 @@ class Workspace:
         received = torch.cat(found)
         self.handle.barrier()
         return received
+
+    def check_free(self) -> None:
+        """Raise `MoEStageError` where `overlap` has a call under way: whatever came next would write over it.
+
+        Compiled code is free to put calls side by side that do not depend on one another. After the error the memory
+        counts as free, so that a call that ended half way does not end all that follow.
+        """
+        if self.flight is not None:
+            self.flight = None
+            raise MoEStageError.of(
+                "symmetric memory",
+                expected="one call in parts after the other",
+                got="an exchange between `begin` and `collect` of another",
+                hint="In one graph, let layers with chunks depend on one another, or give them chunks=1.",
+            )
 
     def offsets(self, parts: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[int]:
         """`offsets_of`; raises `MoERangeError` where the parts do not fit."""
@@ -179,7 +197,8 @@ def workspace_for(group: ProcessGroup, device_type: str, *, num_bytes: int) -> W
         return Reason(ReasonCode.NOT_CUDA, f"symmetric memory is for CUDA devices, the mesh is on {device_type}")
     if group.size() == 1:
         return Reason(ReasonCode.PEERS, "one rank has nobody to exchange with")
-    told = told_by_ranks(group, _tell(group, num_bytes))
+    spaces = list(_WORKSPACES.values())  # none of them may be collected before the ranks have settled on one
+    told = told_by_ranks(group, _tell(group, num_bytes, spaces=spaces))
     problem = disagreement(told)
     if problem is not None:
         return problem
@@ -187,12 +206,26 @@ def workspace_for(group: ProcessGroup, device_type: str, *, num_bytes: int) -> W
     if reused is not None:
         return _WORKSPACES[reused]
     key = f"{group.group_name}/{1 + max(each['made'] for each in told)}"
-    made = _open(group, max(each["bytes"] for each in told), key)
-    failures = told_by_ranks(group, str(made) if isinstance(made, Reason) else None)
+    num_bytes = max(each["bytes"] for each in told)
+    memory = _on_all(group, _tried(lambda: _allocate(num_bytes)))
+    if isinstance(memory, Reason):  # on all ranks: who went on would wait for the one that failed
+        return memory
+    handle = _on_all(group, _tried(lambda: _share(memory, group)))
+    return handle if isinstance(handle, Reason) else Workspace(handle, num_bytes, key=key, group=group, memory=memory)
+
+
+def _on_all(group: ProcessGroup, found: Any) -> Any:
+    """What this rank found, or why some rank did not: a reason on every rank, or on none."""
+    failures = told_by_ranks(group, found.detail if isinstance(found, Reason) else None)
     failed = next((f"on rank {rank}: {text}" for rank, text in enumerate(failures) if text is not None), None)
-    if failed is not None or isinstance(made, Reason):
-        return Reason(ReasonCode.PEERS, str(failed))
-    return made
+    return found if failed is None else Reason(ReasonCode.PEERS, failed)
+
+
+def _tried(step: Callable[[], Any]) -> Any:
+    try:
+        return step()
+    except RuntimeError as error:
+        return Reason(ReasonCode.PEERS, f"{type(error).__name__}: {str(error)[:200]}")
 
 
 def disagreement(told: Sequence[dict[str, Any]]) -> Reason | None:
@@ -215,17 +248,16 @@ def disagreement(told: Sequence[dict[str, Any]]) -> Reason | None:
     return None
 
 
-def _tell(group: ProcessGroup, num_bytes: int) -> dict[str, Any]:
+def _tell(group: ProcessGroup, num_bytes: int, *, spaces: Sequence[Workspace]) -> dict[str, Any]:
     """What the other ranks have to know of this one before memory is shared."""
     device = torch.cuda.current_device()
-    own = [space for space in _WORKSPACES.values() if space.group is group]
-    fitting = [space.key for space in own if space.num_bytes >= num_bytes]
+    fitting = [space.key for space in spaces if space.group is group and space.num_bytes >= num_bytes]
     return {
         "refused": _refusal(device),
         "host": socket.gethostname(),
         "device": str(torch.cuda.get_device_properties(device).uuid),
         "bytes": num_bytes,
-        "made": max((int(key.rpartition("/")[2]) for key in _WORKSPACES), default=0),
+        "made": max((int(space.key.rpartition("/")[2]) for space in spaces), default=0),
         "open": max(fitting, default=None),
     }
 
@@ -243,15 +275,17 @@ def _refusal(device: int) -> str | None:
     return f"device {device} cannot read the memory of devices {strangers}" if strangers else None
 
 
-def _open(group: ProcessGroup, num_bytes: int, key: str) -> Workspace | Reason:
+def _allocate(num_bytes: int) -> Tensor:
+    """An allocation of its own, from no pool: what a pool still holds may differ from rank to rank, and so would the
+    place in it.
+    """
     from torch._C._distributed_c10d import _SymmetricMemory
 
     device = torch.device("cuda", torch.cuda.current_device())
-    try:
-        # An allocation of its own, from no pool: what a pool still holds may differ from rank to rank, and so would the
-        # place in it.
-        memory = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
-        handle = _SymmetricMemory.rendezvous(memory, group.group_name)
-    except RuntimeError as error:
-        return Reason(ReasonCode.PEERS, f"{type(error).__name__}: {str(error)[:200]}")
-    return Workspace(handle, num_bytes, key=key, group=group, memory=memory)
+    return _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
+
+
+def _share(memory: Tensor, group: ProcessGroup) -> Handle:
+    from torch._C._distributed_c10d import _SymmetricMemory
+
+    return _SymmetricMemory.rendezvous(memory, group.group_name)

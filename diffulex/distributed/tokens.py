@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .collectives import exchange, gather
+from .collectives import added_in_order, exchange, gather
 from .symmetric import all_to_all_op, gather_op, offsets_of
 
 
@@ -92,8 +92,7 @@ def _sums_at_home(grad: Tensor, places_TK: Tensor, route: Route) -> Tensor:
     """The gradients [R, X] that all ranks have for this one's tokens, added up in the order of the ranks: [T, X]."""
     count = grad.shape[0] // route.size
     back = exchange(grad, [count] * route.size, send=[count] * route.size, group=route.group)
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    summed = back.unflatten(0, (route.size, count)).sum(0, dtype=wide).to(grad.dtype)
+    summed = added_in_order(back.chunk(route.size)).to(grad.dtype)
     # a slice has a graph of its own when full; the number of tokens comes from a tensor, as compiled code wants it
     return summed.index_select(0, torch.arange(places_TK.shape[0], device=grad.device))
 

@@ -74,10 +74,12 @@ def workspace_of_processes(
     group: ProcessGroup, device_type: str, *, num_bytes: int, of_call: int = 2
 ) -> Workspace | Reason:
     """In the place of `workspace_for`: a file for each rank, mapped by all."""
-    folder = told_by_ranks(group, tempfile.mkdtemp())[0]
-    buffers = [
-        torch.from_file(str(Path(folder) / str(rank)), shared=True, size=num_bytes, dtype=torch.uint8)
-        for rank in range(group.size())
-    ]
+    with tempfile.TemporaryDirectory() as own:  # files that are mapped stay until nobody has them any more
+        folder = told_by_ranks(group, own)[0]
+        buffers = [
+            torch.from_file(str(Path(folder) / str(rank)), shared=True, size=num_bytes, dtype=torch.uint8)
+            for rank in range(group.size())
+        ]
+        distributed.barrier(group)
     handle = _Handle(group.rank(), buffers, lambda: distributed.barrier(group), of_call=of_call)
     return Workspace(handle, num_bytes, key=f"{group.group_name}/{Path(folder).name}", group=group)

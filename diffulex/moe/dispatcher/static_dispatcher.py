@@ -11,6 +11,7 @@ from torch import Tensor
 from lowering import ops
 from lowering.errors import Reason, ReasonCode
 
+from ...distributed.collectives import added_in_order
 from ...distributed.overlap import bytes_in_parts
 from ...distributed.parts import Parts, PartsOfCollectives, PartsOfMemory
 from ...distributed.symmetric import MOST_BYTES, Workspace, workspace_for
@@ -177,6 +178,6 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
         """A sum per token and rank, added up in the order of the ranks."""
         wide = torch.promote_types(slots_NH.dtype, torch.float32)
         sums_RH = self._back(ops.moe_combine(slots_NH.to(wide), metadata.recv_weights))
-        sums_CH = sums_RH.unflatten(0, (self.size, self.capacity)).sum(0)
+        sums_CH = added_in_order(sums_RH.chunk(self.size))
         tokens_T = torch.arange(metadata.num_tokens, device=sums_CH.device)  # a slice has a graph of its own when full
         return sums_CH.index_select(0, tokens_T).to(slots_NH.dtype)

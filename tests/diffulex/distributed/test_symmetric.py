@@ -1,5 +1,7 @@
 """Exchanges through memory that ranks share: on threads, with stand-ins for the handles of torch's symmetric memory."""
 
+import functools
+import gc
 import math
 from types import SimpleNamespace
 
@@ -9,15 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffulex.distributed import symmetric
+from diffulex.distributed.overlap import begin_op
+from diffulex.distributed.parts import PartsOfCollectives, PartsOfMemory
 from diffulex.distributed.symmetric import (
+    Workspace,
     all_to_all_op,
     disagreement,
     gather_op,
     offsets_of,
     workspace_for,
 )
-from diffulex.distributed.tokens import bytes_to_ranks
-from lowering.errors import MoERangeError, Reason, ReasonCode
+from diffulex.distributed.tokens import Route, bytes_to_ranks
+from lowering.errors import MoERangeError, MoEStageError, ReasonCode
 from tests.support.catalogue import raises_catalogue
 from tests.support.shared_memory import on_threads
 
@@ -123,6 +128,55 @@ def test_a_call_that_does_not_fit_is_refused():
     on_threads(1, 256, run)
 
 
+def drawn_parts(rank, tokens=5):
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randn(tokens, 3, generator=generator), torch.full((tokens, 2), rank, dtype=torch.int32)
+
+
+def test_parts_by_memory_and_one_after_the_other_are_bitwise_the_same():
+    """On more ranks than `torch.sum` adds in order."""
+    size, chunks, capacity = 6, 2, 6
+
+    def run(kind, space):
+        rank = space.handle.rank
+        route = Route("", size, f"threads/{rank}")
+        with torch.no_grad():
+            exchange = kind(*drawn_parts(rank), capacity=capacity, chunks=chunks, route=route)
+            for chunk in range(chunks):
+                rows, details = exchange.rows(chunk)
+                exchange.send((rows * (rank + 1) + details.sum()).exp(), chunk)
+            return exchange.collect()
+
+    by_memory = on_threads(size, 8192, functools.partial(run, PartsOfMemory), of_call=2 + chunks)
+    apart = on_threads(size, 8192, functools.partial(run, PartsOfCollectives))
+    assert all(torch.equal(one, other) for one, other in zip(by_memory, apart, strict=True))
+
+
+@pytest.mark.parametrize("meanwhile", ["begin", "gather", "all_to_all"])
+def test_nothing_comes_between_a_call_in_parts(meanwhile):
+    """As compiled code may have it where layers do not depend on one another; the next call goes on as ever."""
+    rows, details = drawn_parts(0, 4)
+
+    def call():
+        exchange = PartsOfMemory(rows, details, capacity=4, chunks=2, route=Route("", 1, "threads/0"))
+        for chunk in range(2):
+            exchange.send(exchange.rows(chunk)[0] * 2, chunk)
+        return exchange.collect()
+
+    def run(space):
+        others = {
+            "begin": lambda: begin_op(rows, details, 4, 2, 1, "threads/0"),
+            "gather": lambda: gather_op([rows], 4, 1, "threads/0"),
+            "all_to_all": lambda: all_to_all_op(rows, 1, "threads/0"),
+        }
+        begin_op(rows, details, 4, 2, 1, "threads/0")
+        with raises_catalogue(MoEStageError, expected="one call in parts after the other"):
+            others[meanwhile]()
+        return call()
+
+    assert torch.equal(on_threads(1, 4096, run, of_call=5)[0], rows * 2)
+
+
 @pytest.mark.parametrize("rows", [0, 3])
 def test_ops_have_fakes_and_are_captured(rows):
     hidden, details = torch.rand(rows, 4), torch.randint(0, 9, (rows, 2), dtype=torch.int32)
@@ -175,23 +229,55 @@ def test_a_workspace_that_one_rank_let_go_of_is_not_taken():
     assert disagreement(ranks) is None and ranks[0]["open"] is None
 
 
-def test_ranks_settle_on_one_answer(monkeypatch):
-    """What each rank is told: the same, whatever it found itself."""
+@pytest.mark.parametrize("failing", [None, "_allocate", "_share"])
+def test_ranks_settle_on_one_answer(monkeypatch, failing):
+    """What each rank is told: the same, whatever it found itself; and none waits for one that failed before."""
     group = SimpleNamespace(size=lambda: 2, group_name="g")
-    answers = {}
+    table, failure = [told(made=3), told(device="1", made=5)], "RuntimeError: no"
 
-    def asked(rank, failing):
-        table = [told(made=3), told(device="1", made=5)]
-        replies = iter((table, ["RuntimeError: no" if r == failing else None for r in range(2)]))
-        monkeypatch.setattr(symmetric, "told_by_ranks", lambda group, value: next(replies))
-        monkeypatch.setattr(symmetric, "_tell", lambda group, num_bytes: table[rank])
-        made = Reason(ReasonCode.PEERS, "RuntimeError: no") if rank == failing else None
-        monkeypatch.setattr(symmetric, "_open", lambda group, num_bytes, key: made or answers.setdefault("key", key))
-        return workspace_for(group, "cuda", num_bytes=8)
+    def asked(rank):
+        """The answer on this rank where it is the one that fails (rank 1), or the other (rank 0)."""
+        steps, replies = [], iter([table, *([None, None] for _ in range(failing == "_share")), [None, failure]])
+        no_failure = iter([table, [None, None], [None, None]])
 
-    assert asked(0, None) == asked(1, None) == "g/6"
+        def step(name):
+            steps.append(name)
+            if failing == name and rank == 1:
+                raise RuntimeError("no")
+            return name
+
+        def tell(group, value):
+            told_now = next(replies if failing else no_failure)
+            assert value in (table[rank], told_now[rank])
+            return told_now
+
+        monkeypatch.setattr(symmetric, "told_by_ranks", tell)
+        monkeypatch.setattr(symmetric, "_tell", lambda group, num_bytes, spaces: table[rank])
+        monkeypatch.setattr(symmetric, "_allocate", lambda num_bytes: step("_allocate"))
+        monkeypatch.setattr(symmetric, "_share", lambda memory, group: step("_share"))
+        return workspace_for(group, "cuda", num_bytes=8), steps
+
     for rank in range(2):
-        assert str(asked(rank, 1)) == "PEERS: on rank 1: RuntimeError: no"
+        found, steps = asked(rank)
+        assert (found.key if failing is None else str(found)) == (
+            "g/6" if failing is None else f"PEERS: on rank 1: {failure}"
+        )
+        assert steps == ["_allocate", "_share"][: 1 if failing == "_allocate" else 2]
+
+
+def test_an_open_workspace_is_kept_while_ranks_talk_of_it(monkeypatch):
+    """Its last layer may be garbage by then, and be collected on one rank alone."""
+    group = SimpleNamespace(size=lambda: 2, group_name="g")
+    owners = [Workspace(None, 8, key="g/7", group=group)]
+
+    def asked(group, value):
+        owners.clear()
+        gc.collect()
+        return [value, {**value, "device": "1"}]
+
+    monkeypatch.setattr(symmetric, "_tell", lambda *args, **options: told(open="g/7"))
+    monkeypatch.setattr(symmetric, "told_by_ranks", asked)
+    assert workspace_for(group, "cuda", num_bytes=8).key == "g/7"
 
 
 def test_where_there_is_no_symmetric_memory():

@@ -23,6 +23,7 @@ from tests.support.tuned import model_times, tuned_folder
 SHAPE = GemmShape(8, 256, 128, True)
 KEY = storage.key_of(H100)
 TABLE = {SHAPE: {rows: model_times(SHAPE, H100, rows, count=3) for rows in (8, 64)}}
+ROOT = storage._root  # the real one: tests get another, see tests/conftest.py
 OTHER = {GemmShape(8, 128, 256, False): {16: model_times(SHAPE, H100, 16, count=2)}}
 
 
@@ -73,8 +74,18 @@ def test_equal_times_have_one_digest(table, shape, schedule, seconds):
 
 def test_files_lie_among_inductors_caches(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "caches"))
+    monkeypatch.setattr(storage, "_root", ROOT)
     assert storage.save(KEY, TABLE) is None
     assert (tmp_path / "caches" / "diffulex" / KEY.file_name).is_file() and storage.load(KEY) == TABLE
+
+
+def test_the_suite_does_not_see_what_was_tuned_here(tmp_path, monkeypatch):
+    """Nor does it tune anything but in folders of its own."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_root", ROOT)
+        assert storage.save(KEY, TABLE) is None
+    assert storage.load(KEY) == {}
 
 
 def test_files_are_private_and_added_to(file, folder):
