@@ -47,7 +47,7 @@ def test_nothing_to_time():
     assert wall_clock({}) == {}
 
 
-def test_graphs_are_replayed_in_turn_and_warm_up_is_left_out(monkeypatch):
+def test_graphs_are_replayed_in_changing_turns_and_warm_up_is_left_out(monkeypatch):
     replayed = []
 
     class Graph:
@@ -59,10 +59,17 @@ def test_graphs_are_replayed_in_turn_and_warm_up_is_left_out(monkeypatch):
         return len(replayed) * 1e-6
 
     monkeypatch.setattr(timing, "_event_seconds", event_seconds)
-    times = round_robin({"a": Graph("a"), "b": Graph("b")}, 2, rounds=5)
-    assert replayed == ["a", "b"] * 5
-    # a is replayed 1st, 3rd, ... 9th; the medians are of the last three, by two calls a replay
-    assert times == {"a": pytest.approx(7 / 2), "b": pytest.approx(8 / 2)}
+    graphs = {name: Graph(name) for name in "abc"}
+    times = round_robin(graphs, 2, rounds=5)
+    turns = [replayed[start : start + 3] for start in range(0, 15, 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+    assert len({tuple(turn) for turn in turns}) > 2  # no graph has the same one before it all the time
+    # a sample is the place of the replay in all of them; the medians are of the last three, by two calls a replay
+    places = {name: [place for place, which in enumerate(replayed, 1) if which == name] for name in graphs}
+    assert times == {name: pytest.approx(sorted(seen[2:])[1] / 2) for name, seen in places.items()}
+    replayed.clear()
+    round_robin(graphs, 2, rounds=5)
+    assert [replayed[start : start + 3] for start in range(0, 15, 3)] == turns
 
 
 def test_the_first_of_several_calls_does_not_count(monkeypatch):
