@@ -65,6 +65,22 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     return Ceilings(matrix_rate, big.numel() * 4 / chosen(call_seconds(big.sum, device=device)))
 
 
+def dense_products(spec: ExpertSpec, rows: int, *, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
+    """As many FLOP as the experts have on so many rows (slots), in the library's products with one weight for all rows.
+
+    Timed in turn with the peers it shares their clocks, as the ceiling, measured on a rested device, does not.
+    """
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    sizes = ((rows, hidden), (hidden, (2 if spec.gated else 1) * inner), (rows, inner), (inner, hidden))
+    first_NH, up_HJ, act_NI, down_IH = (torch.randn(size, dtype=dtype, device=device) for size in sizes)
+
+    def run() -> None:
+        first_NH @ up_HJ
+        act_NI @ down_IH
+
+    return run
+
+
 def work_of(spec: ExpertSpec, inputs: Sequence[Inputs], *, source: str = "topk") -> Work:
     """The work of a call, as the mean over input sets (hidden [T, H] in the dtype of the weights) of one token count.
 

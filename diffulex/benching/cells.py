@@ -13,12 +13,14 @@ from torch import Tensor
 
 from lowering.errors import Reason, ReasonCode
 
-from .ceilings import Ceilings, Work, work_of
+from .ceilings import Ceilings, Work, dense_products, work_of
 from .check import Checker, Verdict
 from .inputs import Inputs, count_of_sets, make_inputs
 from .layers import Layer
 from .peers import Peer, Prepared, Runner
 from .timing import capture, round_robin, wall_clock
+
+_DENSE = "dense products"  # its name among what is timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +56,18 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Of one layer at one token count: the work of a call, its floor in microseconds, and the peers' results."""
+    """Of one layer at one token count: the work of a call, its floor in microseconds, and the peers' results.
+
+    dense: microseconds of the library's products with as many FLOP, timed in turn with the peers; None where bytes
+    decide, and on a CPU.
+    """
 
     layer: str
     tokens: int
     work: Work
     floor: float
     results: tuple[Result, ...]
+    dense: float | None = None
 
     def time_of(self, peer: str) -> float | None:
         """Microseconds of a peer, None where it has none."""
@@ -89,11 +96,14 @@ def measure_cell(layer: Layer, tokens: int, *, peers: Sequence[Peer], options: O
         )
         checker = Checker(layer, inputs, source=options.source)
         prepared = [_prepare(peer, layer, inputs, checker=checker, source=options.source) for peer in peers]
+        work = work_of(case.spec, inputs, source=options.source)
         timed = {result.peer: ready.timed for result, ready in prepared if ready is not None}
+        if device.type == "cuda" and work.intensity > options.ceilings.matrix_rate / options.ceilings.read_rate:
+            products = dense_products(case.spec, inputs[0].ids_TK.numel(), dtype=layer.dtype, device=device)
+            timed[_DENSE] = capture(products, [()] * len(inputs))
         times = round_robin(timed, len(inputs)) if device.type == "cuda" else wall_clock(timed)
     results = [dataclasses.replace(result, microseconds=times.get(result.peer)) for result, _ in prepared]
-    work = work_of(case.spec, inputs, source=options.source)
-    return Cell(case.name, tokens, work, work.floor(options.ceilings), tuple(results))
+    return Cell(case.name, tokens, work, work.floor(options.ceilings), tuple(results), dense=times.get(_DENSE))
 
 
 def _prepare(

@@ -30,7 +30,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _MOST_OF_MEMORY = 0.8  # the rest is for activations, the compiler and everything else
 COLUMNS = (
     *("device", "torch", "dtype", "from", "routing", "matrix_rate", "read_rate"),
-    *("layer", "E", "K", "H", "I", "tokens", "flop", "bytes", "floor_us"),
+    *("layer", "E", "K", "H", "I", "tokens", "flop", "bytes", "floor_us", "dense_us"),
     *("peer", "outcome", "us", "relative_error", "mean_ratio", "max_ratio", "detail"),
 )
 
@@ -44,7 +44,8 @@ def add_parser(commands: Any) -> None:
         "output, for each peer in turn. On CUDA by replays of CUDA graphs over rotated inputs, on a CPU by the wall "
         "clock, which other work disturbs; medians, microseconds. Each peer's output is checked against a wider dtype "
         "before it is timed: exit code 1 when one is wrong. The floor is the longer of arithmetic and bytes at rates "
-        "measured in the same run.",
+        "measured in the same run; dense, where arithmetic is the longer one on a GPU, the library's products with as "
+        "many FLOP, timed in turn with the peers.",
     )
     option = parser.add_argument
     option("--shapes", nargs="+", choices=[*SHAPES, *MORE_SHAPES, *CPU_SHAPES], metavar="NAME",
@@ -182,6 +183,7 @@ def csv_rows(cell: Cell, case: Case) -> list[list[str]]:
     shape = case.shape
     sizes = [str(size) for size in (shape.num_experts, shape.top_k, shape.hidden, shape.intermediate)]
     work = [f"{value:.6g}" for value in (cell.work.flop, cell.work.bytes, cell.floor)]
+    work.append("" if cell.dense is None else f"{cell.dense:.4g}")
     rows = []
     for result in cell.results:
         verdict = result.verdict
@@ -194,11 +196,11 @@ def csv_rows(cell: Cell, case: Case) -> list[list[str]]:
 def report(cells: Sequence[Cell], peers: Sequence[str]) -> str:
     """The table, and why times are missing in it; ratios are to the first peer, the faster one where they exceed 1."""
     first, others = peers[0], peers[1:]
-    header = ["layer", "tokens", "floor", *peers, *(f"{name}/{first}" for name in others), f"floor/{first}"]
+    header = ["layer", "tokens", "floor", "dense", *peers, *(f"{name}/{first}" for name in others), f"floor/{first}"]
     table, notes = [], []
     for cell in cells:
         times = {result.peer: result.microseconds for result in cell.results}
-        row = [cell.layer, str(cell.tokens), _time(cell.floor)]
+        row = [cell.layer, str(cell.tokens), _time(cell.floor), _time(cell.dense)]
         row += [_time(result.microseconds) if result.outcome == "timed" else result.outcome for result in cell.results]
         row += [_ratio(value, times[first]) for value in (*(times[name] for name in others), cell.floor)]
         table.append(row)

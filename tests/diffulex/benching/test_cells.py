@@ -7,9 +7,10 @@ import weakref
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffulex.benching import cells
-from diffulex.benching.ceilings import Ceilings
+from diffulex.benching.ceilings import Ceilings, dense_products
 from diffulex.benching.cells import Options, measure_cell
 from diffulex.benching.check import Checker
 from diffulex.benching.inputs import make_inputs
@@ -143,9 +144,34 @@ def test_on_cuda_a_graph_is_captured_in_the_peers_state_and_its_arguments_stay(m
     monkeypatch.setattr(torch._dynamo, "reset", lambda: steps.append("reset"))
     peers = [Peer("one", "cuda", lambda *args: runner, state=state), Peer("other", "cuda", lambda *args: runner)]
     cell = measure_cell(faked, 9, peers=peers, options=OPTIONS)
+    assert cell.dense is None  # bytes decide
     assert steps[:-1] == ["reset", "enter", "capture 4", "leave", "reset", "capture 4"]
     assert steps[-1] == "time {'one': 'graph', 'other': 'graph'} 4"
     assert [result.microseconds for result in cell.results] == [5.0, 5.0]
+
+
+def test_where_arithmetic_decides_dense_products_take_their_turn_on_cuda(monkeypatch):
+    layer = tiny_layer()
+    faked = types.SimpleNamespace(case=layer.case, dtype=layer.dtype, device=torch.device("cuda"))
+    wanted = dense_products(layer.case.spec, 4, dtype=torch.float32, device=torch.device("cpu"))
+    captured = []
+    monkeypatch.setattr(cells, "make_inputs", lambda *args, device, **given: make_inputs(*args, device="cpu", **given))
+    monkeypatch.setattr(cells, "Checker", lambda _layer, inputs, *, source: Checker(layer, inputs, source=source))
+    monkeypatch.setattr(cells, "dense_products", lambda spec, rows, **place: captured.append(rows) or wanted)
+    monkeypatch.setattr(cells, "capture", lambda run, made: (run, len(made)))
+    monkeypatch.setattr(cells, "round_robin", lambda graphs, calls: dict.fromkeys(graphs, 3.0))
+    options = dataclasses.replace(OPTIONS, ceilings=Ceilings(matrix_rate=1.0, read_rate=1e9))
+    own = Peer("own", "cuda", lambda *args: GROUPED.build(layer, "topk"))
+    cell = measure_cell(faked, 9, peers=[own], options=options)
+    assert cell.dense == 3.0 and captured == [9 * layer.case.shape.top_k]
+    assert [result.peer for result in cell.results] == ["own"]
+
+
+def test_dense_products_have_the_flop_of_the_experts():
+    spec = tiny_layer().case.spec
+    with FlopCounterMode(display=False) as counter:
+        dense_products(spec, 6, dtype=torch.float32, device=torch.device("cpu"))()
+    assert counter.get_total_flops() == 2 * 3 * 6 * spec.hidden_size * spec.intermediate_size
 
 
 @pytest.mark.gpu

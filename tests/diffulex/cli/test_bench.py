@@ -57,8 +57,8 @@ def test_a_run_with_all_it_writes(source, tiny, tmp_path, capsys):
     shown = capsys.readouterr()
     assert f"fp32, from {source}, routing uniform; ceilings: " in shown.out and "cells: " in shown.err
     header, _, first, second = [line.split() for line in shown.out.splitlines()][2:6]
-    assert header[:7] == ["layer", "tokens", "floor", *NAMES] and header[-1] == "floor/diffulex"
-    assert (first[:2], second[:2]) == (["Tiny-Model", "1"], ["Tiny-Model", "70"]) and len(first) == 3 + 4 + 3 + 1
+    assert header[:8] == ["layer", "tokens", "floor", "dense", *NAMES] and header[-1] == "floor/diffulex"
+    assert (first[:2], second[:2]) == (["Tiny-Model", "1"], ["Tiny-Model", "70"]) and len(first) == 4 + 4 + 3 + 1
     rows = rows_of(table)
     assert [(row["tokens"], row["peer"]) for row in rows] == [
         (tokens, name) for tokens in ("1", "70") for name in NAMES
@@ -73,7 +73,7 @@ def test_a_run_with_all_it_writes(source, tiny, tmp_path, capsys):
         assert float(row["floor_us"]) == pytest.approx(floor, rel=1e-2)
         assert float(row["us"]) > 0 and float(row["mean_ratio"]) <= 10
     ratio = float(rows[1]["us"]) / float(rows[0]["us"])
-    assert float(first[7]) == pytest.approx(ratio, abs=0.01 + 0.01 * ratio)
+    assert float(first[8]) == pytest.approx(ratio, abs=0.01 + 0.01 * ratio)
     tree = ET.parse(picture).getroot()
     marks = [one for one in tree.iter() if one.get("class", "").startswith("mark")]
     assert len(marks) == len(rows)
