@@ -50,7 +50,7 @@ CONSTANTS = {
     "flatten_rate": 0.95,  # matrix rate of a flattened loop
     "flatten_tile": 0.000545,  # of what a tile costs beyond its loop, in a flattened loop
 }
-# Row tiles that skewed routing adds, of those of all rows in a row: about what loads that fall as 1 / rank give.
+# Row tiles that skewed routing adds, of those that all rows but a first tile make: about so for loads as 1 / rank.
 _SKEW = sympy.Rational(1, 4)
 _CONSTANT = {name: sympy.Symbol(name, positive=True) for name in CONSTANTS}
 
@@ -96,7 +96,8 @@ def gemm_time() -> sympy.Expr:
     rate = sympy.Min(BANDWIDTH * c["memory_efficiency"], sympy.Min(programs, SMS * resident) * in_flight / c["latency"])
     rate *= sympy.Piecewise((c["short_rows"], BK * B < 256), (1, True))
     kept = sympy.Or(GROUPED > 0, c["l2_share"] * L2 > W * G * D * B)
-    from_memory = _bytes_moved(sympy.Piecewise((hit, kept), (row_tiles + _SKEW * N / BM, True)))
+    read_again = row_tiles + _SKEW * sympy.Max(0, N - BM) / BM
+    from_memory = _bytes_moved(sympy.Piecewise((hit, kept), (read_again, True)))
     from_l2 = programs * (BN * G + BM) * D * B
     memory = sympy.Max(from_memory / rate, from_l2 / (BANDWIDTH * c["l2_rate"]))
 
