@@ -27,7 +27,9 @@ class Parts(ABC):
 
     own_TD: Tensor
 
-    def __init__(self, hidden_TH: Tensor, details_TD: Tensor, *, rank: int, capacity: int, parts: int, route: Route):
+    def __init__(
+        self, hidden_TH: Tensor, details_TD: Tensor, *, rank: int, capacity: int, parts: int, route: Route
+    ) -> None:
         self.hidden_TH, self.rank, self.capacity, self.route = hidden_TH, rank, capacity, route
         self.peers = [other for other in range(route.size) if other != rank]
         self.parts = parts if self.peers else 0

@@ -164,9 +164,7 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
         needed = bytes_in_parts(self.capacity, row_bytes, top_k=self.plan.top_k, size=self.size)
         route = self._route("parts", needed)
         kind = PartsOfMemory if route.workspace is not None else PartsOfCollectives
-        return kind(
-            hidden_TH, details_TD, rank=self.rank, capacity=self.capacity, parts=self.chunks - 1, route=route
-        )
+        return kind(hidden_TH, details_TD, rank=self.rank, capacity=self.capacity, parts=self.chunks - 1, route=route)
 
     def _num_slots(self, metadata: StaticDispatchMetadata) -> int:
         return self.size * self.capacity * self.plan.top_k
