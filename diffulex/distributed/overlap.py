@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowering.ops._library import ORDERING_OPS
+
 from .symmetric import Workspace, offsets_of, workspace_of
 
 _LIBRARY = torch.library.Library("diffulex_ranks", "FRAGMENT")
@@ -139,7 +141,7 @@ def send(space: Workspace, sums_XH: Tensor, *, part: int) -> None:
 
 
 def collect(space: Workspace) -> Tensor:
-    """The sums of all peers for this one's places, [peers * C, H] in the dtype of the tokens."""
+    """The sums of all peers for this one's places, [R, H] in the dtype of the tokens, for R = peers * C."""
     flight: Flight = space.flight
     for event in flight.arrivals[flight.parts :]:
         flight.arrived(event)
@@ -190,6 +192,8 @@ _OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 for _name, (_function, _fake) in _OPS.items():
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"diffulex_ranks::{_name}", _fake, lib=_LIBRARY)
+
+ORDERING_OPS.update(("diffulex_ranks::rows_of", "diffulex_ranks::collect"))
 
 begin_op: Any = torch.ops.diffulex_ranks.begin.default
 rows_op: Any = torch.ops.diffulex_ranks.rows_of.default

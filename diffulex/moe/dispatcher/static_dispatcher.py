@@ -31,12 +31,14 @@ class StaticDispatchMetadata:
     slot_ranks    [T, K] int32, the rank of each slot's expert; -1 for none
     weights       [T, K] floating
     recv_weights  [R, K] floating, with gradient
+    recv_rows     [R, K] int32, the rows of this rank's experts, -1 for none
     """
 
     num_tokens: int
     slot_ranks: Tensor
     weights: Tensor
     recv_weights: Tensor
+    recv_rows: Tensor
 
 
 class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
@@ -121,7 +123,7 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
             route=self._route("dispatch", bytes_to_ranks(self.capacity, row_bytes, top_k=self.plan.top_k)),
         )
         rows_RK = self._rows(places_RK)
-        metadata = StaticDispatchMetadata(hidden_TH.shape[0], slot_ranks_TK, weights_TK, weights_RK)
+        metadata = StaticDispatchMetadata(hidden_TH.shape[0], slot_ranks_TK, weights_TK, weights_RK, rows_RK)
         return DispatcherOutput(metadata, recv_RH, rows_RK, weights_RK)
 
     def _places(self, known_TK: Tensor) -> Tensor:
@@ -147,17 +149,23 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
         self._check(hidden_TH, ids_TK, weights_TK)
         exchange = self._parts(hidden_TH, packed(self._places(self._known(ids_TK)), weights_TK))
         places_TK, _ = unpacked(exchange.own_TD, weights_TK.dtype)
-        own = first(hidden_TH, self._rows(places_TK))
+        rows_TK = self._rows(places_TK)
+        own = first(hidden_TH, rows_TK)
         after, mark = own.done, own.mark
         for part in range(exchange.parts):
             rows_XH, details_XD = exchange.rows(part, after=after)
             places_XK, weights_XK = unpacked(details_XD, weights_TK.dtype)
-            theirs = first(rows_XH, self._rows(places_XK))
-            sums_XH = ops.moe_combine(theirs.rest(theirs.mark), weights_XK)
+            rows_XK = self._rows(places_XK)
+            theirs = first(rows_XH, rows_XK)
+            sums_XH = self._sums(theirs.rest(theirs.mark), weights_XK, rows_XK)
             after = mark = exchange.send(sums_XH, part, mark=mark)
         slots_NH = own.rest(mark)
         wide = torch.promote_types(slots_NH.dtype, torch.float32)  # compiled code converts what it loads
-        return exchange.collect(ops.moe_combine(slots_NH.to(wide), weights_TK), after=slots_NH)
+        return exchange.collect(self._sums(slots_NH.to(wide), weights_TK, rows_TK), after=slots_NH)
+
+    def _sums(self, slots_NH: Tensor, weights_TK: Tensor, rows_TK: Tensor) -> Tensor:
+        """The weighted sums of this rank's experts; told which these are, compiled code leaves the other slots out."""
+        return ops.moe_combine(slots_NH, weights_TK, rows_TK, self.num_local_experts)
 
     def _parts(self, hidden_TH: Tensor, details_TD: Tensor) -> Parts:
         row_bytes = hidden_TH.shape[1] * hidden_TH.element_size()
@@ -185,7 +193,7 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
 
     def _of_sums(self, slots_NH: Tensor, metadata: StaticDispatchMetadata) -> Tensor:
         """A sum per token and rank, rounded once, added up in the order of the ranks in fp32 or wider."""
-        sums_RH = self._back(ops.moe_combine(slots_NH, metadata.recv_weights))
+        sums_RH = self._back(self._sums(slots_NH, metadata.recv_weights, metadata.recv_rows))
         sums_CH = added_in_order(sums_RH.chunk(self.size))
         tokens_T = torch.arange(metadata.num_tokens, device=sums_CH.device)  # a slice has a graph of its own when full
         return sums_CH.index_select(0, tokens_T).to(slots_NH.dtype)

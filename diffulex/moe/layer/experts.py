@@ -32,7 +32,7 @@ class Begun(Protocol):
         """[...], any dtype."""
 
     def rest(self, mark: Tensor) -> Tensor:
-        """The slots [T*K, H] of `RunSlots`, for `mark` or a copy of it."""
+        """The slots [T*K, H] of `RunSlots`, floating, for `mark` or a copy of it."""
 
 
 class RunSlots(Protocol):
@@ -42,7 +42,7 @@ class RunSlots(Protocol):
         """[T*K, H] in the dtype of hidden [T, H], in slot order and without weights, for ids [T, K] int."""
 
     def first(self, hidden_TH: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Begun:
-        """The first step of the same, which is all of it where an implementation has no steps."""
+        """The first step of the same, hidden [T, H] floating and ids [T, K] int; all of it where it has no steps."""
 
 
 class RunExperts(Protocol):
@@ -63,7 +63,7 @@ class HiddenUnits:
 
     @property
     def done(self) -> Tensor:
-        """The activations [N, I]."""
+        """The activations [N, I], in the dtype of the hidden states."""
         return self.act_NI
 
     @property
@@ -81,7 +81,7 @@ class SlotsByOps:
     """What each expert makes of each token through the ops, which torch.compile captures and fuses."""
 
     def first(self, hidden_TH: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> HiddenUnits:
-        """The slots sorted by expert, their first GEMM and its activation."""
+        """Slots sorted by expert, and their first GEMM: hidden [T, H] floating, ids [T, K] int."""
         plan = ExpertExecutionMetadata.from_topk_ids(ids_TK, experts.w13_EJH.shape[0])
         order_N, offsets_E1 = plan.sorted_slot_ids, plan.seg_indptr
         act_NI = ops.moe_expert_up(
@@ -125,16 +125,16 @@ class WholeSlots:
 
     @property
     def done(self) -> Tensor:
-        """The slots."""
+        """The slots [N, H] floating."""
         return self.slots_NH
 
     @property
     def mark(self) -> Tensor:
-        """Nothing, [0]."""
+        """Nothing, [0] in the dtype of the slots."""
         return self.slots_NH.new_empty(0)
 
     def rest(self, mark: Tensor) -> Tensor:
-        """The slots."""
+        """The slots [N, H] floating."""
         return self.slots_NH
 
 
@@ -151,7 +151,7 @@ class SlotsOf:
         return self.run(slots_NH, ones_N1, ids_TK.reshape(-1, 1), experts=experts)
 
     def first(self, hidden_TH: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> WholeSlots:
-        """All of it: what is known of `run` has no steps."""
+        """All of it, as what is known of `run` has no steps: slots of hidden [T, H] floating and ids [T, K] int."""
         return WholeSlots(self(hidden_TH, ids_TK, experts=experts))
 
 
