@@ -3,15 +3,17 @@
     python -m benchmarks.bench_parallel --out parallel.csv
 
 From hidden states, ids and weights to the weighted sum of the experts, compiled, bf16. Starts its own processes. Ways:
-`naive` (exact splits, read on the host), `static` and `sums` (static shapes; results of slots, or fp32 sums, travel
-back), `parts` (`sums` in four parts, whose exchanges go on beside the GEMMs), `tp-experts` and `tp-width`. Times are
-medians over rounds, of the slowest rank, in microseconds: of CUDA graphs, but for `naive`, whose exchange no graph
-holds. `gain` is the throughput as a multiple of one GPU's; `overlap` the sum of dispatch, experts and combine, each
-timed alone (for `parts` as whole ones), over the whole. `share` is what of that sum is communication (with the sums of
-K slots in `combine`, but for tp). `pair` is dispatch and combine in one CUDA graph without experts, `pair nccl` the
-same without symmetric memory. Each way is checked before it is timed: against a single rank that has the tokens of all,
-bit by bit, and by the ratio rule on sampled rows; a wrong one stops the run. Stops before a cell that would go past
---seconds, and names what was left out. With --device cpu, over gloo and without compilation, it only shows that it
+`naive` (exact splits, read on the host), `static` and `sums` (static shapes; results of slots, or a sum a token and
+rank, travel back), `parts` (`sums` with chunks=2: a rank's own tokens, whose GEMMs the exchanges go on beside, and the
+peers'), `tp-experts` and `tp-width`. Times are medians over rounds, of the slowest rank, in microseconds: of CUDA
+graphs, but for `naive`, whose exchange no graph holds. `gain` is the throughput as a multiple of one GPU's; `overlap`
+the sum of dispatch, experts and combine, each timed alone (for `parts` those of `sums`), over the whole. `share` is
+what of that sum is communication (with the sums of K slots in `combine`, but for tp). `pair` is dispatch and combine in
+one CUDA graph without experts, `pair nccl` the same without symmetric memory (`static` alone). What ways have in common
+is timed once: dispatch and experts of `static`, `sums` and `parts`. Each way is checked before it is timed: against a
+single rank that has the tokens of all, bit by bit, and by the ratio rule on sampled rows; a wrong one stops the run.
+The most tokens of a rank come first, then the fewest with `static`, then the rest. Stops before a cell that would go
+past --seconds, and names what was left out. With --device cpu, over gloo and without compilation, it only shows that it
 runs.
 """
 
@@ -20,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import dataclasses
 import functools
 import gc
 import statistics
@@ -37,6 +38,7 @@ import torch.multiprocessing
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from benchmarks.parallel_cells import TINY, WAYS, Options, cells, shape_of
 from diffulex.benching.check import exact_rows, spread
 from diffulex.benching.inputs import Inputs, draw_logits, route
 from diffulex.benching.shapes import SHAPES, Shape
@@ -47,15 +49,6 @@ from diffulex.distributed.collectives import sum_of_ranks
 from diffulex.moe import EPFusedMoE, MoESpec, NaiveFusedMoE, TPFusedMoE
 from lowering.spec import ExpertSpec, RoutingSpec
 
-TINY = {"tiny": Shape(8, 2, 64, 32)}
-WAYS: dict[str, dict[str, Any]] = {
-    "naive": {"dispatcher": "naive"},
-    "static": {"dispatcher": "static"},
-    "sums": {"dispatcher": "static", "exact": False},
-    "parts": {"dispatcher": "static", "exact": False, "chunks": 4},
-    "tp-experts": {"mode": "tp"},
-    "tp-width": {"mode": "tp", "shard": "width"},
-}
 PARTS = ("dispatch", "experts", "combine")
 COLUMNS = (
     *("device", "ranks", "shape", "experts_in_all", "tokens", "way", "one_us", "time_us", "gain"),
@@ -66,20 +59,6 @@ SHOWN = ("shape", "tokens", "way", "one_us", "time_us", "gain", *(f"{part}_us" f
 SHOWN = (*SHOWN, "pair_us", "pair_nccl_us", "check")
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What is measured, the same on every rank."""
-
-    shapes: tuple[str, ...]
-    tokens: tuple[int, ...]
-    ways: tuple[str, ...]
-    ranks: int = 2
-    experts: int | None = None
-    device: str = "cuda"
-    seconds: float = 280
-    out: str = "parallel.csv"
-
-
 class Bench:
     """One rank's side of the measurement; all ranks make the same calls."""
 
@@ -88,6 +67,28 @@ class Bench:
         self.cuda = options.device == "cuda"
         self.device = torch.device("cuda", rank) if self.cuda else torch.device("cpu")
         self.group = mesh.get_group()
+        self._known: dict[tuple[object, ...], Any] = {}
+
+    def once(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
+        """What `make` gave the first time; the ranks ask for the same keys in the same order."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
+    def whole(self, name: str) -> NaiveFusedMoE:
+        """The layer of a shape on one GPU, with the same weights on every rank."""
+
+        def make() -> NaiveFusedMoE:
+            shape = shape_of(name, self.options)
+            experts = ExpertSpec(shape.num_experts, shape.hidden, shape.intermediate, "silu(g) * u")
+            spec = MoESpec(shape.hidden, RoutingSpec(shape.top_k), experts)
+            torch.manual_seed(0)
+            made = NaiveFusedMoE(spec, device=self.device, dtype=torch.bfloat16).eval().requires_grad_(False)
+            for parameter in made.parameters():
+                parameter.normal_(std=0.02)
+            return made
+
+        return self.once(("whole", name), make)  # type: ignore[no-any-return]
 
     def compiled(self, function: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
         """The function compiled for static shapes; as it is on a CPU."""
@@ -177,18 +178,13 @@ def verdict(found_TH: Tensor, wanted_TH: Tensor, *, whole: NaiveFusedMoE, inputs
     return "bitwise" if torch.equal(found_TH, wanted_TH) else f"{ratio.mean:.2f}x eager"
 
 
-def parts_of(bench: Bench, layer: Any, inputs: tuple[Tensor, ...], *, tokens: int) -> dict[str, float]:
+def parts_of(bench: Bench, layer: Any, inputs: tuple[Tensor, ...], *, cell: tuple[str, int, str]) -> dict[str, float]:
     """Microseconds of each part of a way, and of `pair` where the exchange has static shapes."""
-    hidden_TH, weights_TK, ids_TK = inputs
-    clock = functools.partial(bench.time, tokens=tokens)
+    (name, tokens, way), clock = cell, functools.partial(bench.time, tokens=cell[1])
     if isinstance(layer, TPFusedMoE):
-        with mock.patch("diffulex.moe.layer.tp_impl.sum_of_ranks", lambda partial, group: partial):
-            partial = bench.compiled(layer.run_experts)
-            times = {"experts": clock(partial, *inputs)}
-        sums_TH = torch.randn(hidden_TH.shape, device=hidden_TH.device)
-        group = bench.group.group_name
-        return times | {"combine": clock(lambda sums_TH: sum_of_ranks(sums_TH, group).bfloat16(), sums_TH)}
+        return _parts_of_tensor_parallel(bench, layer, inputs, tokens=tokens)
     dispatcher, static = layer.dispatcher, layer.parallel.dispatcher == "static"
+    shared = (name, tokens, "static" if static else way)  # the same callables
 
     def dispatch(hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> tuple[Tensor, ...]:
         sent = dispatcher._dispatch(hidden_TH, ids_TK, weights_TK)
@@ -197,51 +193,72 @@ def parts_of(bench: Bench, layer: Any, inputs: tuple[Tensor, ...], *, tokens: in
     def experts(rows_RH: Tensor, ids_RK: Tensor) -> Tensor:
         return layer._slots(rows_RH, ids_RK, experts=layer.expert_weights)
 
-    with torch.no_grad():
-        sent = dispatcher._dispatch(hidden_TH, ids_TK, weights_TK)
-        run = bench.compiled(experts)
-        slots_NH = run(sent.recv_hidden_states, sent.recv_local_expert_ids).clone()
-    times = {"experts": clock(run, sent.recv_hidden_states, sent.recv_local_expert_ids)}
-
     def combine(slots_NH: Tensor) -> Tensor:
         return dispatcher._combine(slots_NH, sent.metadata)
-
-    if not static:
-        times["dispatch"] = clock(dispatch, *inputs, graph=False)
-        return times | {"combine": clock(combine, slots_NH, graph=False)}
-    times["dispatch"] = clock(bench.compiled(dispatch), *inputs)
-    times["combine"] = clock(bench.compiled(combine), slots_NH)
 
     def pair(hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, slots_NH: Tensor) -> Tensor:
         sent = dispatcher._dispatch(hidden_TH, ids_TK, weights_TK)
         return dispatcher._combine(slots_NH, sent.metadata)
 
-    times["pair"] = clock(bench.compiled(pair), *inputs, slots_NH)
-    if dispatcher.workspace is not None:
-        with mock.patch.object(dispatcher, "workspace", None):
-            times["pair_nccl"] = clock(bench.compiled(pair), *inputs, slots_NH)
-    return times
+    def of_whole() -> dict[str, float]:
+        """What does not depend on what travels back."""
+        run = bench.compiled(experts) if static else experts
+        return {
+            "experts": clock(run, sent.recv_hidden_states, sent.recv_local_expert_ids, graph=static),
+            "dispatch": clock(bench.compiled(dispatch) if static else dispatch, *inputs, graph=static),
+        }
+
+    def of_return() -> dict[str, float]:
+        if not static:
+            return {"combine": clock(combine, slots_NH, graph=False)}
+        times = {"combine": clock(bench.compiled(combine), slots_NH)}
+        times["pair"] = clock(bench.compiled(pair), *inputs, slots_NH)
+        if way == "static" and dispatcher.workspace is not None:
+            with mock.patch.object(dispatcher, "workspace", None):
+                times["pair_nccl"] = clock(bench.compiled(pair), *inputs, slots_NH)
+        return times
+
+    with torch.no_grad():
+        sent = dispatcher._dispatch(hidden_TH=inputs[0], weights_TK=inputs[1], ids_TK=inputs[2])
+        rows = dispatcher._num_slots(sent.metadata)
+        slots_NH = torch.randn(rows, inputs[0].shape[1], device=bench.device, dtype=torch.bfloat16)
+    times = bench.once(("whole times", *shared), of_whole)
+    return times | bench.once(("return", name, tokens, way.replace("parts", "sums")), of_return)  # type: ignore[no-any-return]
 
 
-def measure(
-    bench: Bench, name: str, tokens: int, *, way: str, whole: NaiveFusedMoE, one_us: float
-) -> dict[str, object]:
-    """The row of a way: checked, timed, and its parts."""
-    shape = shape_of(name, bench.options)
-    inputs = inputs_of(bench.rank, shape, tokens, device=bench.device)
+def _parts_of_tensor_parallel(
+    bench: Bench, layer: TPFusedMoE, inputs: tuple[Tensor, ...], *, tokens: int
+) -> dict[str, float]:
+    clock, group = functools.partial(bench.time, tokens=tokens), bench.group.group_name
+    with mock.patch("diffulex.moe.layer.tp_impl.sum_of_ranks", lambda partial, group: partial):
+        times = {"experts": clock(bench.compiled(layer.run_experts), *inputs)}
+    sums_TH = torch.randn(inputs[0].shape, device=bench.device)
+    return times | {"combine": clock(lambda sums_TH: sum_of_ranks(sums_TH, group).bfloat16(), sums_TH)}
+
+
+def measure(bench: Bench, cell: tuple[str, int, str]) -> dict[str, object]:
+    """The row of a shape, tokens and way: checked, timed, and its parts."""
+    name, tokens, way = cell
+    shape, whole = shape_of(name, bench.options), bench.whole(name)
+    own = inputs_of(bench.rank, shape, tokens, device=bench.device)
+    one_us = bench.once(
+        ("one", name, tokens), lambda: bench.time(bench.compiled(whole.run_experts), *own, tokens=tokens)
+    )
     layer = bench.layer(way, whole, tokens)
     tensor_parallel, static = isinstance(layer, TPFusedMoE), WAYS[way].get("dispatcher") == "static"
-    if tensor_parallel:
-        inputs = inputs_of(0, shape, tokens, device=bench.device)
+    inputs = inputs_of(0, shape, tokens, device=bench.device) if tensor_parallel else own
     function = bench.compiled(layer.run_experts, fullgraph=way != "naive")
     with torch.no_grad():
         found_TH = function(*inputs).clone()
-        wanted_TH = _of_one_rank(bench, whole, inputs, everyone=not tensor_parallel)
+        wanted_TH = bench.once(
+            ("wanted", name, tokens, tensor_parallel),
+            lambda: _of_one_rank(bench, whole, inputs, everyone=not tensor_parallel),
+        )
         check = verdict(found_TH, wanted_TH, whole=whole, inputs=inputs)
         syncs = _host_syncs(function, inputs) if static and bench.cuda else ""
     del wanted_TH, found_TH
     time_us = bench.time(function, *inputs, tokens=tokens, graph=way != "naive")
-    parts = parts_of(bench, layer, inputs, tokens=tokens)
+    parts = parts_of(bench, layer, inputs, cell=cell)
     every = sum(parts.get(part, 0.0) for part in PARTS)
     times = {f"{part}_us": f"{value:.4g}" for part, value in parts.items()}
     return times | {
@@ -292,12 +309,6 @@ def _device_name(bench: Bench) -> str:
     return torch.cuda.get_device_name() if bench.cuda else "cpu"
 
 
-def shape_of(name: str, options: Options) -> Shape:
-    """A shape by name, with another number of experts where one is asked for (but for the tiny one)."""
-    shape = {**SHAPES, **TINY}[name]
-    return dataclasses.replace(shape, num_experts=options.experts) if options.experts and name == "dsv3" else shape
-
-
 def run_on_rank(rank: int, options: Options, mesh: DeviceMesh) -> list[dict[str, object]]:
     """All cells, on this rank of an initialised group; the first rank prints and writes them."""
     bench, began, longest, rows, left_out = Bench(rank, options, mesh), time.time(), 0.0, [], []
@@ -309,31 +320,18 @@ def run_on_rank(rank: int, options: Options, mesh: DeviceMesh) -> list[dict[str,
         writer = csv.DictWriter(file, COLUMNS) if file is not None else None
         if writer is not None:
             writer.writeheader()
-        for name in options.shapes:
-            shape = shape_of(name, options)
-            experts = ExpertSpec(shape.num_experts, shape.hidden, shape.intermediate, "silu(g) * u")
-            spec = MoESpec(shape.hidden, RoutingSpec(shape.top_k), experts)
-            torch.manual_seed(0)
-            whole: Any = NaiveFusedMoE(spec, device=bench.device, dtype=torch.bfloat16).eval().requires_grad_(False)
-            for parameter in whole.parameters():
-                parameter.normal_(std=0.02)
-            for tokens in options.tokens:
-                one = bench.compiled(whole.run_experts)
-                one_us = bench.time(one, *inputs_of(rank, shape, tokens, device=bench.device), tokens=tokens)
-                for way in options.ways:
-                    started = time.time()
-                    stop = started - began + longest > options.seconds
-                    if told_by_ranks(bench.group, stop)[0]:
-                        left_out.append(f"{name} {tokens} {way}")
-                        continue
-                    row = measure(bench, name, tokens, way=way, whole=whole, one_us=one_us)
-                    longest = max(longest, time.time() - started)
-                    rows.append(row)
-                    say(f"{table([row])}  [{time.time() - started:.0f} s]")
-                    if writer is not None and file is not None:
-                        writer.writerow(row)
-                        file.flush()
-            del whole
+        for cell in cells(options):
+            started = time.time()
+            if told_by_ranks(bench.group, started - began + longest > options.seconds)[0]:
+                left_out.append(" ".join(map(str, cell)))
+                continue
+            row = measure(bench, cell)
+            longest = max(longest, time.time() - started)
+            rows.append(row)
+            say(f"{table([row])}  [{time.time() - started:.0f} s]")
+            if writer is not None and file is not None:
+                writer.writerow(row)
+                file.flush()
     say(f"left out: {', '.join(left_out) or 'nothing'}; {time.time() - began:.0f} s")
     return rows
 
@@ -358,12 +356,12 @@ def main() -> None:
     """Parse arguments and start the ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["qwen3", "dsv3"], choices=[*SHAPES, *TINY])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[64, 16384, 1024])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[16384, 64, 1024])
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--experts", type=int, help="experts of the dsv3 shape, 64 if not given")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--seconds", type=float, default=280)
+    parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--out", default="parallel.csv")
     given = vars(parser.parse_args())
     options = Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})

@@ -1,57 +1,70 @@
-"""A layer's exchanges in parts, each beside the expert GEMMs of another part, through a `Workspace`.
+"""A layer's exchanges in parts, each beside expert GEMMs that do not need it, through a `Workspace`.
 
-A call is one sequence on every rank: `begin`, then for each part `rows_of`, the experts, `send`, and in the end
-`collect`. Peers' rows are copied on a stream of their own by plain copies, which the copy engines make: kernels of a
-collective would wait for the multiprocessors that a GEMM with one program on each of them holds, or make it wait.
+Half of the work of two ranks, and less of more, is on tokens that need not travel: a rank's own. So a call is, on every
+rank: `begin`; the first GEMM of the own tokens, while the peers' rows arrive; for each part of the peers' tokens
+`rows_of`, their experts, `send`; the second GEMM of the own tokens, while the last sums come back; `collect`. Weights
+are read once for the own tokens and once for each part. Peers' rows are copied on a stream of their own by plain
+copies, which the copy engines make: kernels of a collective would wait for the multiprocessors that a GEMM with one
+program on each of them holds, or make it wait. For that reason what a kernel does, writing into the buffer and the
+barriers, is on the stream of the GEMMs.
 
 Why that is right. Every part has a place of its own in the buffer, as have the tokens. The barrier in `begin` comes
 after every rank's tokens are written, the one in `send` after every rank's sums of that part; the copies come after
 these. `collect` comes after all copies of this rank, and its barrier after those of all ranks: like an exchange of the
 `Workspace`, a call finds the buffer free and leaves it free. What is under way is the workspace's and not the graph's,
-so no compiler sees a tensor that is still being written; each op takes a result of the one before it, so none is moved
-within a call. Calls that do not depend on one another may be interleaved by a compiler; `Workspace` refuses those.
+so no compiler sees a tensor that is still being written; each op takes a result of what comes before it, and what comes
+next one of it (`send` hands on a small tensor for that alone), so none is moved within a call. Calls that do not depend
+on one another may be interleaved by a compiler; `Workspace` refuses those.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowering.ops._library import ORDERING_OPS
+
 from .symmetric import Workspace, offsets_of, workspace_of
 
 _LIBRARY = torch.library.Library("diffulex_ranks", "FRAGMENT")
-_LIBRARY.define("begin(Tensor hidden, Tensor details, int capacity, int chunks, int size, str workspace) -> Tensor")
-_LIBRARY.define("rows_of(Tensor after, Tensor hidden, int chunk, int rows, str workspace) -> Tensor")
-_LIBRARY.define("send(Tensor sums, int chunk, int size, str workspace) -> Tensor")
-_LIBRARY.define("collect(Tensor[] sent, Tensor hidden, int capacity, int size, str workspace) -> Tensor")
+_LIBRARY.define("begin(Tensor hidden, Tensor details, int capacity, int parts, int size, str workspace) -> Tensor")
+_LIBRARY.define("rows_of(Tensor after, Tensor hidden, int part, int rows, str workspace) -> Tensor")
+_LIBRARY.define("send(Tensor sums, Tensor mark, int part, str workspace) -> Tensor")
+_LIBRARY.define("collect(Tensor after, Tensor hidden, int rows, str workspace) -> Tensor")
 
 
 def bytes_in_parts(capacity: int, row_bytes: int, *, top_k: int, size: int) -> int:
-    """What a call needs of a workspace at most: tokens, ids and weights, and sums of all tokens of at least fp32."""
-    parts = ((capacity, row_bytes), (capacity, 16 * top_k), (size * capacity, 2 * row_bytes))
+    """What a call needs of a workspace at most: tokens, ids and weights, and sums of all peers' tokens."""
+    parts = ((capacity, row_bytes), (capacity, 16 * top_k), ((size - 1) * capacity, row_bytes))
     spare = 64 * 256  # parts begin at multiples of 256 bytes
     return offsets_of([(sizes, torch.uint8) for sizes in parts])[1] + spare
 
 
 class Flight:
-    """What is under way of one call: the rows of each part that arrive, and the sums that come back."""
+    """What is under way of one call: the rows of each part of the peers' tokens, and the sums that come back.
 
-    def __init__(self, space: Workspace, hidden_TH: Tensor, details_TD: Tensor, *, capacity: int, chunks: int) -> None:
+    rows      a tensor [peers * C / parts, H] for each part, in the dtype of the hidden states
+    back      [peers, C, H], the peers' sums for this rank's tokens
+    arrivals  an event behind the copies of each of the rows, then of each part of the sums
+    """
+
+    def __init__(self, space: Workspace, hidden_TH: Tensor, details_TD: Tensor, *, capacity: int, parts: int) -> None:
         self.space, self.handle = space, space.handle
         self.rank, self.size = space.handle.rank, space.handle.world_size
-        self.count, self.chunks = capacity // chunks, chunks  # tokens of a rank in a part
+        self.peers = [rank for rank in range(self.size) if rank != self.rank]
+        self.count, self.parts = capacity // parts, parts  # tokens of a rank in a part
         self.side = torch.cuda.Stream() if hidden_TH.is_cuda else None
-        self.hidden, wide = hidden_TH.shape[1], torch.promote_types(hidden_TH.dtype, torch.float32)
-        self.tokens = ((capacity, self.hidden), hidden_TH.dtype)
+        hidden, dtype = hidden_TH.shape[1], hidden_TH.dtype
+        self.tokens = ((capacity, hidden), dtype)
         self.details = ((capacity, details_TD.shape[1]), details_TD.dtype)
-        self.sums = ((self.size * self.count, self.hidden), wide)
-        self.offsets = space.offsets([self.tokens, self.details, *[self.sums] * chunks])
-        self.rows: list[Tensor] = []
-        self.back: list[Tensor] = []
+        self.sums = ((len(self.peers) * self.count, hidden), dtype)
+        self.offsets = space.offsets([self.tokens, self.details, *[self.sums] * parts])
+        self.rows = [hidden_TH.new_empty(self.sums[0]) for _ in range(parts)]
+        self.back = hidden_TH.new_empty(len(self.peers), capacity, hidden)
         self.arrivals: list[Any] = []
 
     @contextlib.contextmanager
@@ -82,99 +95,92 @@ class Flight:
         sizes, dtype = (self.tokens, self.details, self.sums)[min(number, 2)]
         return self.space.view(rank, sizes, dtype=dtype, offset=self.offsets[number])
 
+    def span(self, number: int) -> slice:
+        """The `number`-th run of as many rows as a rank has in a part."""
+        return slice(number * self.count, (number + 1) * self.count)
 
-def begin(space: Workspace, hidden_TH: Tensor, details_TD: Tensor, *, capacity: int, chunks: int) -> Tensor:
-    """Give tokens to all ranks: hidden [T, H] floating; returns the details [ranks * C, D] int of all, C = capacity."""
+
+def begin(space: Workspace, hidden_TH: Tensor, details_TD: Tensor, *, capacity: int, parts: int) -> Tensor:
+    """Give tokens to the peers: hidden [T, H] floating; returns the details [ranks * C, D] int of all, C = capacity.
+
+    The details of places without a token are zeros; their hidden states are whatever was there.
+    """
     space.check_free()
-    flight = Flight(space, hidden_TH, details_TD, capacity=capacity, chunks=chunks)
-    for number, tensor in enumerate((hidden_TH, details_TD)):
-        own, tokens = flight.view(flight.rank, number), tensor.shape[0]
-        own[:tokens].copy_(tensor)
-        if tokens < capacity:
-            own[tokens:].zero_()
+    flight = Flight(space, hidden_TH, details_TD, capacity=capacity, parts=parts)
+    own, own_details, tokens = flight.view(flight.rank, 0), flight.view(flight.rank, 1), hidden_TH.shape[0]
+    own[:tokens].copy_(hidden_TH)
+    own_details[:tokens].copy_(details_TD)
+    own_details[tokens:].zero_()
     flight.handle.barrier()
-    every = range(flight.size)
-    flight.rows = [hidden_TH.new_empty(flight.sums[0]) for _ in range(chunks)]
     with flight.beside():
-        for chunk, rows in enumerate(flight.rows):
-            for source, part in zip(every, rows.chunk(flight.size), strict=True):
-                part.copy_(flight.view(source, 0)[chunk * flight.count : (chunk + 1) * flight.count])
+        for part, rows in enumerate(flight.rows):
+            for number, source in enumerate(flight.peers):
+                rows[flight.span(number)].copy_(flight.view(source, 0)[flight.span(part)])
             flight.arrivals.append(flight.mark())
     space.flight = flight
-    return torch.cat([flight.view(rank, 1) for rank in every])
+    return torch.cat([flight.view(rank, 1) for rank in range(flight.size)])
 
 
-def rows_of(space: Workspace, chunk: int) -> Tensor:
-    """The tokens of a part, rank after rank: [X, H] in their dtype, for X = ranks * C / chunks."""
+def rows_of(space: Workspace, part: int) -> Tensor:
+    """The tokens of a part, peer after peer: [X, H] in their dtype, for X = peers * C / parts."""
     flight: Flight = space.flight
-    flight.arrived(flight.arrivals[chunk])
-    return flight.rows[chunk]
+    flight.arrived(flight.arrivals[part])
+    return flight.rows[part]
 
 
-def send(space: Workspace, sums_XH: Tensor, *, chunk: int) -> None:
-    """Give sums of a part, [X, H] fp32 or wider for X = ranks * C / chunks, back to the ranks of their tokens."""
+def send(space: Workspace, sums_XH: Tensor, *, part: int) -> None:
+    """Give sums of a part, [X, H] in the dtype of the tokens for X = peers * C / parts, back to the ranks of these."""
     flight: Flight = space.flight
-    rank, count = flight.rank, flight.count
-    start, stop = rank * count, (rank + 1) * count
-    own, back = flight.view(rank, 2 + chunk), torch.empty_like(sums_XH)
-    own[:start].copy_(sums_XH[:start])
-    own[stop:].copy_(sums_XH[stop:])
-    back[start:stop].copy_(sums_XH[start:stop])  # on this stream: the sums may be gone by the time of the other
+    flight.view(flight.rank, 2 + part).copy_(sums_XH)  # on this stream: they may be gone by the time of the other
     flight.handle.barrier()
     with flight.beside():
-        for source in range(flight.size):
-            if source != rank:
-                back[source * count : (source + 1) * count].copy_(flight.view(source, 2 + chunk)[start:stop])
-    flight.back.append(back)
+        for number, source in enumerate(flight.peers):
+            place = flight.rank - (source < flight.rank)  # of this rank among the peers of that one
+            flight.back[number, flight.span(part)].copy_(flight.view(source, 2 + part)[flight.span(place)])
     flight.arrivals.append(flight.mark())
 
 
-def collect(space: Workspace, *, dtype: torch.dtype) -> Tensor:
-    """The sums of all ranks for this one's tokens, added up in the order of the ranks: [C, H] in a floating dtype."""
+def collect(space: Workspace) -> Tensor:
+    """The sums of all peers for this one's places, [R, H] in the dtype of the tokens, for R = peers * C."""
     flight: Flight = space.flight
-    out = flight.back[0].new_empty(flight.tokens[0], dtype=dtype)
-    for back, part, event in zip(flight.back, out.split(flight.count), flight.arrivals[flight.chunks :], strict=True):
+    for event in flight.arrivals[flight.parts :]:
         flight.arrived(event)
-        first, *others = back.chunk(flight.size)
-        for other in others[:-1]:
-            first = first + other
-        part.copy_(first) if not others else torch.add(first, others[-1], out=part)
     flight.handle.barrier()
     space.flight = None
-    return out
+    return flight.back.flatten(0, 1)
 
 
-def _begin_op(hidden: Tensor, details: Tensor, capacity: int, chunks: int, size: int, workspace: str) -> Tensor:
-    return begin(workspace_of(workspace), hidden, details, capacity=capacity, chunks=chunks)
+def _begin_op(hidden: Tensor, details: Tensor, capacity: int, parts: int, size: int, workspace: str) -> Tensor:
+    return begin(workspace_of(workspace), hidden, details, capacity=capacity, parts=parts)
 
 
-def _begin_fake(hidden: Tensor, details: Tensor, capacity: int, chunks: int, size: int, workspace: str) -> Tensor:
+def _begin_fake(hidden: Tensor, details: Tensor, capacity: int, parts: int, size: int, workspace: str) -> Tensor:
     return details.new_empty(size * capacity, details.shape[1])
 
 
-def _rows_op(after: Tensor, hidden: Tensor, chunk: int, rows: int, workspace: str) -> Tensor:
-    return rows_of(workspace_of(workspace), chunk)
+def _rows_op(after: Tensor, hidden: Tensor, part: int, rows: int, workspace: str) -> Tensor:
+    return rows_of(workspace_of(workspace), part)
 
 
-def _rows_fake(after: Tensor, hidden: Tensor, chunk: int, rows: int, workspace: str) -> Tensor:
+def _rows_fake(after: Tensor, hidden: Tensor, part: int, rows: int, workspace: str) -> Tensor:
     return hidden.new_empty(rows, hidden.shape[1])
 
 
-def _send_op(sums: Tensor, chunk: int, size: int, workspace: str) -> Tensor:
-    send(workspace_of(workspace), sums, chunk=chunk)
-    return sums.new_empty(0)
+def _send_op(sums: Tensor, mark: Tensor, part: int, workspace: str) -> Tensor:
+    send(workspace_of(workspace), sums, part=part)
+    return mark.clone()
 
 
-def _send_fake(sums: Tensor, chunk: int, size: int, workspace: str) -> Tensor:
-    return sums.new_empty(0)
+def _send_fake(sums: Tensor, mark: Tensor, part: int, workspace: str) -> Tensor:
+    return torch.empty_like(mark)
 
 
-def _collect_op(sent: Sequence[Tensor], hidden: Tensor, capacity: int, size: int, workspace: str) -> Tensor:
-    return collect(workspace_of(workspace), dtype=hidden.dtype)
+def _collect_op(after: Tensor, hidden: Tensor, rows: int, workspace: str) -> Tensor:
+    return collect(workspace_of(workspace))
 
 
-def _collect_fake(sent: Sequence[Tensor], hidden: Tensor, capacity: int, size: int, workspace: str) -> Tensor:
-    return hidden.new_empty(capacity, hidden.shape[1])
+def _collect_fake(after: Tensor, hidden: Tensor, rows: int, workspace: str) -> Tensor:
+    return hidden.new_empty(rows, hidden.shape[1])
 
 
 _OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -186,6 +192,8 @@ _OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 for _name, (_function, _fake) in _OPS.items():
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"diffulex_ranks::{_name}", _fake, lib=_LIBRARY)
+
+ORDERING_OPS.update(("diffulex_ranks::rows_of", "diffulex_ranks::collect"))
 
 begin_op: Any = torch.ops.diffulex_ranks.begin.default
 rows_op: Any = torch.ops.diffulex_ranks.rows_of.default

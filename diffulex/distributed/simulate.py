@@ -24,28 +24,19 @@ from lowering.schedule.schedule import GemmShape
 
 from ..benching.shapes import SHAPES, Shape
 from .balance import plan_placement, rank_loads
+from .links import Host, Links, exchange_seconds, reduce_seconds, to_shares
 from .placement import ExpertPlacement
 
 WAYS = ("naive", "static", "sums", "tp")
 PAPER = {"deepseek-v3": Shape(256, 8, 7168, 2048), "qwen3": SHAPES["qwen3"]}
 RANKS = (8, 16, 32, 64)
-_ELEMENT, _SUM, _DETAIL = 2, 4, 12  # bytes: bf16, fp32, and what goes with a slot (row, token, weight)
-
-
-@dataclasses.dataclass(frozen=True)
-class Links:
-    """Bytes per second that a rank sends, and receives, at the same time; seconds until an exchange gets going.
-
-    Within a node: two H100 80GB with 18 NVLinks between them, torch 2.11, NCCL: 256 MiB of slots across in 975 us, and
-    44 to 61 us for any exchange of 64 tokens. Between nodes nothing was measured: 400 Gbit/s a rank is what such
-    clusters have by their data sheets, and the start is taken as a half longer.
-    """
-
-    ranks_per_node: int = 8
-    inside_bandwidth: float = 270e9
-    between_bandwidth: float = 50e9
-    inside_latency: float = 45e-6
-    between_latency: float = 68e-6
+_ELEMENT, _WIDE, _DETAIL = 2, 4, 12  # bytes: bf16, fp32, and what goes with a slot (row, token, weight)
+_SUM = _ELEMENT  # bytes of an element of a sum that travels between ranks
+_SPARE = 0.0  # of the slots without an expert on a rank, that are written and read there for a sum
+_KERNEL = 2.5e-6  # seconds of a kernel that has next to nothing to do, in a CUDA graph
+# Slots of `naive` moved in eager code on their way back, in multiples of their bytes: zeros and a copy of them, slots
+# into their places, a pass for each k in fp32. Fitted: by count it would be 15, but `index_copy` is slow.
+_EAGER = 27
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +47,7 @@ class Scenario:
     way        "naive", "static", "sums" (static with exact=False) or "tp" (whole experts)
     load       of each expert, E numbers >= 0; None: the same for all
     placement  experts of each rank, replicas allowed, which share an expert's load; None: `ExpertPlacement.even`
-    chunks     parts the tokens are cut into, so that the exchange of one part overlaps the GEMMs of another
+    chunks     with "sums": a rank's own tokens, and those of its peers in chunks - 1 parts, as `overlap` has them
     """
 
     shape: Shape
@@ -72,6 +63,8 @@ class Scenario:
         where = "simulate"
         if self.way not in WAYS:
             raise MoEOptionError.of(where, expected=f"way in {WAYS}", got=repr(self.way), hint="Choose one of them.")
+        if self.chunks > 1 and self.way != "sums":
+            raise MoEOptionError.of(where, expected="chunks=1 but for 'sums'", got=repr(self.way), hint="Leave it out.")
         if min(self.ranks, self.chunks) < 1 or self.tokens < 0:
             got = f"{self.ranks} ranks, {self.chunks} chunks, {self.tokens} tokens"
             raise MoERangeError.of(where, expected="ranks and chunks >= 1, tokens >= 0", got=got, hint="Pass counts.")
@@ -98,8 +91,10 @@ class Scenario:
 class Prediction:
     """Seconds of the phases of one call, each on the slowest rank, and of all of it.
 
-    rank_experts  seconds of each rank's GEMMs
+    rank_experts  seconds of each rank's experts
     shares        of all slots, that each rank gets
+
+    With chunks, dispatch and combine are those of a call without.
     """
 
     dispatch: float
@@ -121,108 +116,140 @@ class Prediction:
         return (parts - self.experts) / parts if parts else 0.0
 
 
-def simulate(scenario: Scenario, *, links: Links | None = None, device: DeviceSpec = H100) -> Prediction:
+def simulate(
+    scenario: Scenario, *, links: Links | None = None, host: Host | None = None, device: DeviceSpec = H100
+) -> Prediction:
     """What one call of the layer takes."""
     scenario.check()
-    links = links or Links()
-    tokens = -(-scenario.tokens // scenario.chunks)
+    links, host, tokens = links or Links(), host or Host(), scenario.tokens
     loads = [float(load) for load in rank_loads(scenario.placed, scenario.loads)]
     total = sum(loads)
     shares = tuple(load / total if total else 1 / scenario.ranks for load in loads)
+    dispatch = _dispatch(scenario, shares, links=links, device=device)
+    combine = _combine(scenario, shares, links=links, device=device)
+    if scenario.chunks > 1:
+        return _in_parts(scenario, shares, links=links, device=device, phases=(dispatch, combine))
     everyone = tokens if scenario.way == "tp" else tokens * scenario.ranks
-    slots = everyone * scenario.shape.top_k
     experts = tuple(
-        _gemms(math.ceil(slots * share - 1e-9), len(owned), shape=scenario.shape, device=device)
+        _experts(scenario, everyone, share=share, held=len(owned), device=device)
         for share, owned in zip(shares, scenario.placed.owned, strict=True)
     )
-    dispatch = _dispatch(scenario, tokens, shares=shares, links=links)
-    combine = _combine(scenario, tokens, shares=shares, links=links) + _local(scenario, tokens, device=device)
-    slowest, chunks = max(experts), scenario.chunks
-    step = dispatch + slowest + combine + (chunks - 1) * max(slowest, dispatch + combine)
-    return Prediction(dispatch * chunks, slowest * chunks, combine * chunks, step, experts, shares)
+    slowest = max(experts)
+    step = dispatch + slowest + combine
+    if scenario.way == "naive":
+        dispatch = max(host.dispatch, host.before + dispatch)
+        step, combine = dispatch + max(host.combine, slowest + combine), max(host.combine, combine)
+    return Prediction(dispatch, slowest, combine, step, experts, shares)
+
+
+def _rate(device: DeviceSpec) -> float:
+    """Bytes per second that kernels read and write."""
+    return device.bandwidth * CONSTANTS["memory_efficiency"]
+
+
+def _experts(scenario: Scenario, tokens: int, *, share: float, held: int, device: DeviceSpec) -> float:
+    """GEMMs of a rank over its share of the slots of so many tokens, and the zeros in the places of the others."""
+    slots = tokens * scenario.shape.top_k
+    spare = {"naive": 0.0, "sums": _SPARE}.get(scenario.way, 1.0) * (1 - share) * slots
+    zeros = spare * scenario.shape.hidden * _ELEMENT / _rate(device)
+    return sum(_gemms(math.ceil(slots * share - 1e-9), held, shape=scenario.shape, device=device)) + zeros
 
 
 @functools.lru_cache(maxsize=4096)
-def _gemms(rows: int, experts: int, *, shape: Shape, device: DeviceSpec) -> float:
-    """Both GEMMs of a rank's experts, each with the schedule that is best for as many rows."""
+def _gemms(rows: int, experts: int, *, shape: Shape, device: DeviceSpec) -> tuple[float, float]:
+    """Each of both GEMMs of a rank's experts, with the schedule that is best for as many rows."""
     if rows < 1:
-        return 0.0
+        return 0.0, 0.0
     hidden, width = shape.hidden, shape.intermediate
     gemms = (GemmShape(experts, hidden, width, True), GemmShape(experts, width, hidden, False))
-    return sum(predict(rows, gemm, schedule=exact_schedule(rows, gemm, device=device), device=device) for gemm in gemms)
+    first, second = (
+        predict(rows, gemm, schedule=exact_schedule(rows, gemm, device=device), device=device) for gemm in gemms
+    )
+    return first, second
 
 
-def _neighbours(rank: int, ranks: int, links: Links) -> range:
-    """The ranks of a rank's node, itself included."""
-    first = rank - rank % links.ranks_per_node
-    return range(first, min(first + links.ranks_per_node, ranks))
+def _in_parts(
+    scenario: Scenario,
+    shares: Sequence[float],
+    *,
+    links: Links,
+    device: DeviceSpec,
+    phases: tuple[float, float],
+) -> Prediction:
+    """A call in the order of `overlap`: the stream of the GEMMs, and the one of the copies beside it."""
+    shape, ranks, parts = scenario.shape, scenario.ranks, scenario.chunks - 1
+    rate, start = _rate(device), links.memory_latency / 2  # of an exchange there are two barriers
+    rows = scenario.tokens * shape.hidden * _ELEMENT  # bytes of a rank's tokens
+    peers = (ranks - 1) / parts  # tokens of a part, in multiples of a rank's
+    copy = peers * rows / links.memory_bandwidth
+    steps, experts = [], []
+    for share, owned in zip(shares, scenario.placed.owned, strict=True):
+
+        def gemms(tokens: float, share: float = share, held: int = len(owned)) -> tuple[float, float]:
+            return _gemms(math.ceil(tokens * shape.top_k * share - 1e-9), held, shape=shape, device=device)
+
+        (first, second), theirs = gemms(scenario.tokens), sum(gemms(peers * scenario.tokens)) if ranks > 1 else 0.0
+        added = 3 * _KERNEL + (shape.top_k * share + 1) * rows / rate
+        now = 2 * rows / rate + start + 3 * _KERNEL
+        copied, now = now, now + first
+        copies = [copied + (part + 1) * copy for part in range(parts)]
+        back = copies[-1]
+        for arrived in copies if ranks > 1 else ():
+            sums = _KERNEL + peers * (shape.top_k * share + 1 + 2) * rows / rate
+            now = max(now, arrived) + theirs + sums + start
+            back = max(back, now) + copy
+        steps.append(max(now + second, back if ranks > 1 else 0.0) + start + added + (ranks - 1) * rows / rate)
+        experts.append(first + second + theirs * parts)
+    step = max(steps)
+    if ranks > links.ranks_per_node:  # hosts share no memory: collectives, one after the other with the GEMMs
+        step = sum(phases) + max(experts)
+    return Prediction(phases[0], max(experts), phases[1], step, tuple(experts), tuple(shares))
 
 
-def _exchange(sent: Sequence[Sequence[float]], links: Links, *, starts: int = 1) -> float:
-    """Seconds until sent[a][b] bytes have gone from each rank a to each rank b, in `starts` exchanges.
+def _dispatch(scenario: Scenario, shares: Sequence[float], *, links: Links, device: DeviceSpec) -> float:
+    shape, ranks, tokens = scenario.shape, scenario.ranks, scenario.tokens
+    if scenario.way == "tp" or ranks == 1:
+        return 0.0
+    if scenario.way == "naive":  # counts, rows, details; each slot's row is copied before
+        slots = tokens * shape.top_k
+        there = to_shares(slots * (shape.hidden * _ELEMENT + _DETAIL), shares)
+        return exchange_seconds(there, links, starts=3) + 2 * slots * shape.hidden * _ELEMENT / _rate(device)
+    sent = tokens * (shape.hidden * _ELEMENT + shape.top_k * 8)
+    copied = 3 * _KERNEL + 2 * sent / _rate(device)  # into the buffer, or padded to the capacity
+    if links.by_memory(ranks, sent):
+        return links.memory_latency + copied + (ranks - 1) * sent / links.memory_bandwidth
+    there = to_shares(ranks * sent, [1 / ranks] * ranks)
+    return copied + exchange_seconds(there, links, starts=2, gather=True)
 
-    Both kinds of links are busy at once, in both directions at once; the slowest rank counts.
-    """
-    ranks = len(sent)
+
+def _combine(scenario: Scenario, shares: Sequence[float], *, links: Links, device: DeviceSpec) -> float:
+    """The way back, and the sum of each token's slots."""
+    shape, ranks, rate = scenario.shape, scenario.ranks, _rate(device)
+    row, slots = shape.hidden * _ELEMENT, scenario.tokens * shape.top_k
+    out, share = scenario.tokens * row, max(shares)
+    if scenario.way == "tp":
+        partial = scenario.tokens * shape.hidden * _WIDE
+        local = 2 * _KERNEL + (slots * row + partial + partial + out) / rate
+        return local + reduce_seconds(partial, ranks, links=links)
+    if scenario.way == "naive":
+        there = to_shares(slots * row, shares)
+        back = exchange_seconds([list(column) for column in zip(*there, strict=True)], links)
+        return back + _EAGER * slots * row / rate
+    if scenario.way == "sums":
+        sums = ranks * scenario.tokens * shape.hidden * _SUM
+        read = ranks * slots * row * (share + _SPARE * (1 - share))
+        return 2 * _KERNEL + (read + 2 * sums + out) / rate + _back(sums, ranks, links=links, rate=rate)
+    return _KERNEL + (slots * row + out) / rate + _back(ranks * slots * row, ranks, links=links, rate=rate)
+
+
+def _back(num_bytes: float, ranks: int, *, links: Links, rate: float) -> float:
+    """An all-to-all of rows that take so many bytes on each rank."""
     if ranks == 1:
         return 0.0
-    slowest = 0.0
-    for rank in range(ranks):
-        near = _neighbours(rank, ranks, links)
-        out_near = sum(sent[rank][other] for other in near if other != rank)
-        in_near = sum(sent[other][rank] for other in near if other != rank)
-        out_far = sum(sent[rank][other] for other in range(ranks) if other not in near)
-        in_far = sum(sent[other][rank] for other in range(ranks) if other not in near)
-        times = [starts * links.inside_latency + max(out_near, in_near) / links.inside_bandwidth]
-        if len(near) < ranks:
-            times.append(starts * links.between_latency + max(out_far, in_far) / links.between_bandwidth)
-        slowest = max(slowest, *times)
-    return slowest
-
-
-def _to_shares(rows: float, row_bytes: int, shares: Sequence[float]) -> list[list[float]]:
-    """Bytes from each rank to each, where every rank sends so many rows, spread by the shares."""
-    return [[rows * row_bytes * share for share in shares] for _ in shares]
-
-
-def _dispatch(scenario: Scenario, tokens: int, *, shares: Sequence[float], links: Links) -> float:
-    shape, ranks = scenario.shape, scenario.ranks
-    if scenario.way == "tp":
-        return 0.0
-    if scenario.way == "naive":  # counts, rows, details
-        row = shape.hidden * _ELEMENT + _DETAIL
-        return _exchange(_to_shares(tokens * shape.top_k, row, shares), links, starts=3)
-    row = shape.hidden * _ELEMENT + shape.top_k * 8
-    return _exchange(_to_shares(tokens * ranks, row, [1 / ranks] * ranks), links)
-
-
-def _combine(scenario: Scenario, tokens: int, *, shares: Sequence[float], links: Links) -> float:
-    shape, ranks = scenario.shape, scenario.ranks
-    if scenario.way == "tp":
-        if ranks == 1:
-            return 0.0
-        across = ranks > links.ranks_per_node  # a ring is as fast as its slowest link
-        bandwidth = links.between_bandwidth if across else links.inside_bandwidth
-        latency = links.between_latency if across else links.inside_latency
-        return latency + 2 * (ranks - 1) / ranks * tokens * shape.hidden * _SUM / bandwidth
-    if scenario.way == "naive":
-        there = _to_shares(tokens * shape.top_k, shape.hidden * _ELEMENT, shares)
-        return _exchange([list(column) for column in zip(*there, strict=True)], links)
-    row = shape.hidden * (_SUM if scenario.way == "sums" else shape.top_k * _ELEMENT)
-    return _exchange(_to_shares(tokens * ranks, row, [1 / ranks] * ranks), links)
-
-
-def _local(scenario: Scenario, tokens: int, *, device: DeviceSpec) -> float:
-    """Reading and writing the rows of slots on the device, between GEMMs and tokens."""
-    shape, ranks = scenario.shape, scenario.ranks
-    row, slots = shape.hidden * _ELEMENT, tokens * shape.top_k
-    moved = {
-        "naive": 4 * slots * row,  # zeros, into their places, and the sum
-        "static": (ranks + 1) * slots * row,  # rows without an expert are written as zeros
-        "sums": 2 * ranks * slots * row,
-        "tp": 2 * slots * row,
-    }[scenario.way]
-    return (moved + tokens * row) / (device.bandwidth * CONSTANTS["memory_efficiency"])
+    if links.by_memory(ranks, num_bytes):
+        across = num_bytes * (ranks - 1) / ranks
+        return links.memory_latency + 2 * num_bytes / rate + across / links.memory_bandwidth
+    return exchange_seconds(to_shares(num_bytes, [1 / ranks] * ranks), links)
 
 
 def zipf_load(num_experts: int, top_k: int) -> tuple[float, ...]:
@@ -270,7 +297,7 @@ def compare(file: Path, *, links: Links | None = None) -> list[Comparison]:
         for row in csv.DictReader(lines):
             device = next((spec for spec in (H100, H200) if spec.name in row["device"]), None)
             way = {"tp-experts": "tp", "tp-width": None, "parts": "sums"}.get(row["way"], row["way"])
-            chunks = 4 if row["way"] == "parts" else 1
+            chunks = 2 if row["way"] == "parts" else 1
             if device is None or way is None:
                 continue
             shape = dataclasses.replace(SHAPES[row["shape"]], num_experts=int(row["experts_in_all"]))
@@ -297,13 +324,18 @@ def _cells(told: Prediction, tokens: int) -> list[str]:
 
 
 def table(name: str, tokens: int, *, ranks: Sequence[int] = RANKS, replicas: int = 32) -> str:
-    """Every way with equal loads, then `naive` with Zipf's, as it is, planned, and planned with replicas: Markdown."""
+    """Every way with equal loads, then `naive` with Zipf's, as it is, planned, and planned with replicas: Markdown.
+
+    `parts` is `sums` with chunks=2, on the ranks of one node.
+    """
     shape = PAPER[name]
     loads = zipf_load(shape.num_experts, shape.top_k)
     head = ("ranks", "way", "loads", "busiest", "dispatch", "experts", "combine", "step", "comm. %", "M tokens/s")
     lines = [f"{name}, {tokens} tokens a rank, H100; microseconds", "", _row(head), _row(["--:"] * len(head))]
     for count in ranks:
         cases = [(way, "equal", Scenario(shape, count, tokens, way)) for way in WAYS]
+        if count <= Links().ranks_per_node:
+            cases.append(("parts", "equal", Scenario(shape, count, tokens, "sums", chunks=2)))
         skewed = Scenario(shape, count, tokens, "naive", load=loads)
         cases.append(("naive", "zipf", skewed))
         for text, more in (("zipf, planned", 0), (f"zipf, planned, {replicas} replicas", replicas)):

@@ -64,6 +64,7 @@ __all__ = [
     "rounded",
     "run_template",
     "size_hint",
+    "slot_of_expert",
     "static_size",
 ]
 
@@ -113,6 +114,22 @@ def rounded(node: Any, dtype: torch.dtype) -> Any:
     return make_pointwise(narrow, override_return_dtype=dtype)(node)
 
 
+def slot_of_expert(slots: Any, ids: Any, k: int, *, num_experts: int) -> Any:
+    """Slot k of every token, [T, H] fp32, of slots [T * K, H]: 0, and not read, where ids [T, K] hold no expert."""
+    (num_tokens, top_k), load_slot, load_id = ids.get_size(), slots.make_loader(), ids.make_loader()
+
+    def inner(index: Sequence[Any]) -> Any:
+        token, column = index
+        number = load_id([token, sympy.Integer(k)])
+        bounds = [ops.constant(value, ids.get_dtype()) for value in (0, num_experts)]
+        known = ops.and_(ops.ge(number, bounds[0]), ops.lt(number, bounds[1]))
+        read = functools.partial(load_slot, [token * top_k + k, column])
+        return ops.masked(known, lambda: ops.to_dtype(read(), torch.float32), 0.0)
+
+    ranges = [num_tokens, slots.get_size()[1]]
+    return ir.Pointwise.create(device=slots.get_device(), dtype=torch.float32, inner_fn=inner, ranges=ranges)
+
+
 def freeze_layout(node: Any) -> None:
     """Keep the strides that a realized IR node has: until then its users may still change them."""
     node.freeze_layout()
@@ -159,7 +176,9 @@ def _cpp_wrapper_counts_programs() -> bool:
 
 
 def contiguous_inputs(*nodes: Any) -> list[Any]:
-    """The IR nodes realized as contiguous buffers."""
+    """The IR nodes realized as contiguous buffers, which whoever reads the nodes later reads as well."""
+    for node in nodes:
+        node.realize()  # else what is computed here is copied, and computed again by others
     return [ir.ExternKernel.require_contiguous(node) for node in nodes]
 
 

@@ -26,6 +26,7 @@ from ..templates.render import ExpertGemmVariant, GradWeightVariant
 from . import _compat
 from .early import begins_early, told
 from .gemm_plan import KERNEL_DTYPES, gemm_shape, pointers_reason, schedule_of, usual_schedule
+from .unread import rest_unread
 from .unsorted_slots import take_unsorted
 
 _OPS = torch.ops.diffulex
@@ -150,6 +151,7 @@ def expert_gemm(
 ) -> Any:
     """Lower one of the two expert GEMMs; `inputs` stand in the order of the template's `def_kernel`.
 
+    Rows of no expert that nobody reads are left as they are.
     With `shared`, which takes a schedule without descriptors, the result is a pair: [N, W], and the shared one [T, S].
     """
     inputs = _compat.realize_inputs(*inputs)
@@ -179,6 +181,8 @@ def expert_gemm(
         mutated += [] if unsorted.by_slot else written
         constants["SLOTS_POW2"] = unsorted.slots_pow2
         variant = dataclasses.replace(variant, sorts=not unsorted.by_slot, by_slot=unsorted.by_slot)
+    elif shared is None:
+        variant = dataclasses.replace(variant, unread=rest_unread(_compat.current_fx_node()))
     if shared is not None:
         depth = math.gcd(depth, shared.depth)
         constants |= {"SHARED_N": shared.width, "SLOTS": shared.slots}
@@ -286,11 +290,11 @@ def _moe_expert_grad_weight(left: Any, right: Any, left_index: Any, right_index:
 
 
 @_compat.register_lowering(_OPS.moe_combine.default, type_promotion_kind=None)
-def _moe_combine(slots: Any, weights: Any) -> Any:
+def _moe_combine(slots: Any, weights: Any, ids: Any = None, num_experts: int = 0) -> Any:
     """Inductor IR, so it folds into one kernel with the residual and the next norm; K terms in slot order."""
     reason = refusal(slots) or refusal(weights)
     if reason is not None:
-        return fallback_noted(_OPS.moe_combine.default, reason, slots, weights)
+        return fallback_noted(_OPS.moe_combine.default, reason, slots, weights, ids, num_experts)
     lower = _compat.lowerings
     aten, prims = torch.ops.aten, torch.ops.prims
     num_tokens, top_k = weights.get_size()
@@ -298,7 +302,10 @@ def _moe_combine(slots: Any, weights: Any) -> Any:
     slots_TKH = lower[aten.view.default](slots, [num_tokens, top_k, slots.get_size()[1]])
     total = None
     for k in range(top_k):  # written out: Inductor would make a second kernel of a reduction over 8 or more
-        slot = lower[prims.convert_element_type.default](lower[aten.select.int](slots_TKH, 1, k), torch.float32)
+        if ids is None:
+            slot = lower[prims.convert_element_type.default](lower[aten.select.int](slots_TKH, 1, k), torch.float32)
+        else:
+            slot = _compat.slot_of_expert(slots, ids, k, num_experts=num_experts)
         weight = lower[prims.convert_element_type.default](lower[aten.select.int](weights, 1, k), torch.float32)
         term = lower[aten.mul.Tensor](slot, lower[aten.unsqueeze.default](weight, -1))
         total = term if total is None else lower[aten.add.Tensor](total, term)

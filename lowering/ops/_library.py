@@ -35,7 +35,7 @@ SCHEMAS = {
     "moe_expert_grad_weight": (
         "(Tensor left, Tensor right, Tensor? left_index, Tensor? right_index, Tensor offsets) -> Tensor"
     ),
-    "moe_combine": "(Tensor slots, Tensor weights) -> Tensor",
+    "moe_combine": "(Tensor slots, Tensor weights, Tensor? ids=None, int num_experts=0) -> Tensor",
     "moe_expert_up_shared": (
         "(Tensor hidden, Tensor w13, Tensor? b13, Tensor order, Tensor offsets, Tensor shared_hidden, Tensor shared_w1,"
         " Tensor? shared_w3, int top_k, str act, bool interleaved=False) -> (Tensor act, Tensor shared)"
@@ -45,6 +45,9 @@ SCHEMAS = {
         " -> (Tensor slots, Tensor shared)"
     ),
 }
+
+# other ops, by name, whose first argument says what comes before them, and is not read
+ORDERING_OPS: set[str] = set()
 
 # called whenever a fake function runs, that is while a graph with our ops is traced
 TRACE_HOOKS: list[Callable[[], None]] = []

@@ -60,6 +60,7 @@ class ExpertGemmVariant:
     shared     programs of a shared expert, with the same activation, come first (pointers, no bias)
     sorts      the slots are sorted by the programs themselves, out of IDS (up stage, pointers)
     by_slot    nobody sorts the slots, each is a row tile (one token, pointers)
+    unread     rows of no expert are left as they are, instead of zeros (slots that were sorted, no shared expert)
     loop       the fields of the schedule that change the text, see `Schedule`
     """
 
@@ -74,6 +75,7 @@ class ExpertGemmVariant:
     shared: bool = False
     sorts: bool = False
     by_slot: bool = False
+    unread: bool = dataclasses.field(default=False, repr=False)
     loop: Loop = PLAIN
 
     @property
@@ -100,9 +102,10 @@ class ExpertGemmVariant:
         if self.sorts or self.by_slot:
             assert not self.loop.tma and (self.gather or not self.sorts), "the first stage sorts, and not for many rows"
             assert not self.by_slot or (self.loop == PLAIN and not self.sorts), "slots have no order to be grouped in"
+            assert not self.unread, "who sorts writes the order of all slots"
             arguments += ["IDS"]
         if self.shared:
-            apart = self.bias or self.interleaved or self.transposed or self.loop.tma
+            apart = self.bias or self.interleaved or self.transposed or self.loop.tma or self.unread
             assert not apart, "a shared expert has none of these"
             arguments += ["SHARED_A", "SHARED_W", *(["SHARED_UP"] if gated else []), "SHARED_OUT"]
         masks = ["w_inside"] if self.transposed else []
@@ -128,6 +131,7 @@ class ExpertGemmVariant:
             shared=self.shared,
             sorts=self.sorts,
             by_slot=self.by_slot,
+            unread=self.unread,
             width="width" if self.shared else "WIDTH_N",
             up_ptr="w_up_ptr" if self.shared else "w_ptr + up_shift",
             grouped=self.loop.grouped,
@@ -146,7 +150,8 @@ class ExpertGemmVariant:
     @functools.cache  # noqa: B019  a few variants a model
     def _name(self) -> str:
         fields = dataclasses.replace(self, act=canonical(self.act))
-        return f"{self.stage}_{hashlib.sha256(repr(fields).encode()).hexdigest()[:8]}"
+        name = f"{self.stage}_{hashlib.sha256(repr(fields).encode()).hexdigest()[:8]}"
+        return f"{name}_unread" if self.unread else name
 
 
 @dataclasses.dataclass(frozen=True)

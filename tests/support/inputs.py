@@ -316,6 +316,12 @@ def combine_args(form: BlockForm, device: str | torch.device = "cpu") -> Args:
     return slots_NH.to(form.dtype).to(device), block.weights_TK
 
 
+def combine_args_with_ids(form: BlockForm, device: str | torch.device = "cpu") -> Args:
+    """Arguments of `moe_combine` with ids [T, K] int64, of which some are outside [0, E), and E."""
+    ids_TK = torch.randint(-2, form.experts + 2, (form.tokens, form.top_k), generator=torch.Generator().manual_seed(7))
+    return *combine_args(form, device), ids_TK.to(device), form.experts
+
+
 def dispatch_args(form: BlockForm, device: str | torch.device = "cpu") -> Args:
     """Arguments of `moe_dispatch`: ids [T, K] int32 and E."""
     return make_block(form, device).ids_TK, form.experts
@@ -442,5 +448,6 @@ SAMPLES: dict[str, dict[str, Sample]] = {
         **_of_forms(combine_args, "plain", "no_tokens", "one_token", "every_expert", "top1"),
         "bfloat16": lambda device: combine_args(FORMS["plain"].replace(dtype=torch.bfloat16), device),
         "strided_slots": lambda device: _strided(combine_args(_single(FORMS["plain"]), device)),
+        "ids": lambda device: combine_args_with_ids(FORMS["plain"], device),
     },
 }

@@ -70,8 +70,8 @@ def make_sharded(case: Case, size: int, replicas: int = 1) -> Any:
     kind = EPFusedMoE if case.mode == "ep" else TPFusedMoE
     parallel = ParallelConfig(mesh_of(size, replicas), dim="ep", **dict(case.options))
     spec = dataclasses.replace(case.spec, moe_gemm_impl=case.impl)
-    chunks = dict(case.options).get("chunks", 0)
-    shared = functools.partial(workspace_of_processes, of_call=2 + chunks)
+    chunks = dict(case.options).get("chunks", 1)
+    shared = functools.partial(workspace_of_processes, of_call=1 + chunks)
     sharing = mock.patch.object(static_dispatcher, "workspace_for", shared)
     with sharing if case.memory else contextlib.nullcontext():
         layer = kind(spec, parallel=parallel, dtype=case.dtype).eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from ...distributed.symmetric import MOST_BYTES, Workspace, workspace_for
 from ...distributed.tokens import Route, bytes_to_ranks, packed, rows_back, tokens_to_ranks, unpacked
 from .base_dispatcher import DispatcherOutput, ExchangePlan, TokenDispatcher
 
+if TYPE_CHECKING:
+    from ..layer.experts import Begun
+
 
 @dataclasses.dataclass(frozen=True)
 class StaticDispatchMetadata:
@@ -27,12 +31,14 @@ class StaticDispatchMetadata:
     slot_ranks    [T, K] int32, the rank of each slot's expert; -1 for none
     weights       [T, K] floating
     recv_weights  [R, K] floating, with gradient
+    recv_rows     [R, K] int32, the rows of this rank's experts, -1 for none
     """
 
     num_tokens: int
     slot_ranks: Tensor
     weights: Tensor
     recv_weights: Tensor
+    recv_rows: Tensor
 
 
 class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
@@ -43,7 +49,7 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
     that room is exchanged whole, the exchange is an all-gather of [C, H]; rows of no local expert are skipped by the
     grouped GEMMs. The way back is one all-to-all of [R, K, H] (`exact`: per slot, which equals a single rank's result
     bitwise, and so do the gradients of the experts; that of the hidden states adds up per rank, not per slot), or of
-    sums [R, H] in fp32.
+    sums [R, H], which are made in fp32 and rounded once to the dtype of the slots, and added up in fp32 again.
 
     Each exchange goes through symmetric memory where the ranks have it and the exchange is small enough to gain by it,
     through a collective else; `transport` says which, and why. Ranks agree on it when the dispatcher is made, by all of
@@ -57,7 +63,8 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
         super().__init__(plan)
         assert plan.max_tokens is not None, "ParallelConfig.check asks for max_tokens_per_rank"
         self.exact, self.chunks = plan.parallel.exact, plan.parallel.chunks
-        self.capacity = -(-plan.max_tokens // self.chunks) * self.chunks
+        parts = max(1, self.chunks - 1)  # of the peers' tokens
+        self.capacity = -(-plan.max_tokens // parts) * parts
         self.workspace, self.refusals = self._reserve()
 
     def _reserve(self) -> tuple[Workspace | None, dict[str, Reason | None]]:
@@ -68,8 +75,7 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
             return None, dict.fromkeys(("dispatch", "combine", *self._in_parts), unknown)
         needs = {"dispatch": bytes_to_ranks(self.capacity, row_bytes, top_k=self.plan.top_k)}
         back = self.size * self.capacity * row_bytes
-        # sums are fp32 or wider: twice the bytes of 16 bits
-        needs["combine"] = back * self.plan.top_k if self.exact else back * 2
+        needs["combine"] = back * self.plan.top_k if self.exact else back
         refusals = {
             name: Reason(ReasonCode.SCHEDULE, f"a collective is faster for {need} bytes") if need > MOST_BYTES else None
             for name, need in needs.items()
@@ -117,7 +123,7 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
             route=self._route("dispatch", bytes_to_ranks(self.capacity, row_bytes, top_k=self.plan.top_k)),
         )
         rows_RK = self._rows(places_RK)
-        metadata = StaticDispatchMetadata(hidden_TH.shape[0], slot_ranks_TK, weights_TK, weights_RK)
+        metadata = StaticDispatchMetadata(hidden_TH.shape[0], slot_ranks_TK, weights_TK, weights_RK, rows_RK)
         return DispatcherOutput(metadata, recv_RH, rows_RK, weights_RK)
 
     def _places(self, known_TK: Tensor) -> Tensor:
@@ -130,32 +136,43 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
         return torch.where(self.rank_of_expert[known_RK] == self.rank, self.row_of_expert[known_RK], -1)
 
     def run_in_parts(
-        self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, run: Callable[[Tensor, Tensor], Tensor]
+        self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, first: Callable[[Tensor, Tensor], Begun]
     ) -> Tensor:
-        """`dispatch`, experts and `combine` part by part, the exchange of one beside the experts of another.
+        """`dispatch`, experts and `combine` in parts: this rank's own tokens, and chunks - 1 parts of the peers'.
 
-        hidden [T, H] floating, ids [T, K] int, weights [T, K] floating; `run` makes slots [X * K, H] of rows [X, H] and
-        ids [X, K] int32. Returns [T, H] in the dtype of hidden; not differentiable. Errors as `dispatch`.
+        hidden [T, H] floating, ids [T, K] int, weights [T, K] floating; `first` begins with the slots [X * K, H] of
+        rows [X, H] and ids [X, K] int32. `overlap` says what comes in which order, and why. Returns [T, H] in the dtype
+        of hidden; not differentiable. Errors as `dispatch`.
         """
         if self._pending is not None:
             raise self._out_of_order("run_in_parts", "`combine` of the tokens dispatched before")
         self._check(hidden_TH, ids_TK, weights_TK)
         exchange = self._parts(hidden_TH, packed(self._places(self._known(ids_TK)), weights_TK))
-        wide = torch.promote_types(hidden_TH.dtype, torch.float32)
-        for chunk in range(self.chunks):
-            rows_XH, details_XD = exchange.rows(chunk)
+        places_TK, _ = unpacked(exchange.own_TD, weights_TK.dtype)
+        rows_TK = self._rows(places_TK)
+        own = first(hidden_TH, rows_TK)
+        after, mark = own.done, own.mark
+        for part in range(exchange.parts):
+            rows_XH, details_XD = exchange.rows(part, after=after)
             places_XK, weights_XK = unpacked(details_XD, weights_TK.dtype)
-            slots_NH = run(rows_XH, self._rows(places_XK))
-            exchange.send(ops.moe_combine(slots_NH.to(wide), weights_XK), chunk)
-        out_CH = exchange.collect()
-        return out_CH.index_select(0, torch.arange(hidden_TH.shape[0], device=out_CH.device))
+            rows_XK = self._rows(places_XK)
+            theirs = first(rows_XH, rows_XK)
+            sums_XH = self._sums(theirs.rest(theirs.mark), weights_XK, rows_XK)
+            after = mark = exchange.send(sums_XH, part, mark=mark)
+        slots_NH = own.rest(mark)
+        wide = torch.promote_types(slots_NH.dtype, torch.float32)  # compiled code converts what it loads
+        return exchange.collect(self._sums(slots_NH.to(wide), weights_TK, rows_TK), after=slots_NH)
+
+    def _sums(self, slots_NH: Tensor, weights_TK: Tensor, rows_TK: Tensor) -> Tensor:
+        """The weighted sums of this rank's experts; told which these are, compiled code leaves the other slots out."""
+        return ops.moe_combine(slots_NH, weights_TK, rows_TK, self.num_local_experts)
 
     def _parts(self, hidden_TH: Tensor, details_TD: Tensor) -> Parts:
         row_bytes = hidden_TH.shape[1] * hidden_TH.element_size()
         needed = bytes_in_parts(self.capacity, row_bytes, top_k=self.plan.top_k, size=self.size)
         route = self._route("parts", needed)
         kind = PartsOfMemory if route.workspace is not None else PartsOfCollectives
-        return kind(hidden_TH, details_TD, capacity=self.capacity, chunks=self.chunks, route=route)
+        return kind(hidden_TH, details_TD, rank=self.rank, capacity=self.capacity, parts=self.chunks - 1, route=route)
 
     def _num_slots(self, metadata: StaticDispatchMetadata) -> int:
         return self.size * self.capacity * self.plan.top_k
@@ -175,9 +192,8 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
         return ops.moe_combine(torch.where((ranks_N >= 0).unsqueeze(1), back_NH, 0.0), metadata.weights)
 
     def _of_sums(self, slots_NH: Tensor, metadata: StaticDispatchMetadata) -> Tensor:
-        """A sum per token and rank, added up in the order of the ranks."""
-        wide = torch.promote_types(slots_NH.dtype, torch.float32)
-        sums_RH = self._back(ops.moe_combine(slots_NH.to(wide), metadata.recv_weights))
+        """A sum per token and rank, rounded once, added up in the order of the ranks in fp32 or wider."""
+        sums_RH = self._back(self._sums(slots_NH, metadata.recv_weights, metadata.recv_rows))
         sums_CH = added_in_order(sums_RH.chunk(self.size))
         tokens_T = torch.arange(metadata.num_tokens, device=sums_CH.device)  # a slice has a graph of its own when full
         return sums_CH.index_select(0, tokens_T).to(slots_NH.dtype)

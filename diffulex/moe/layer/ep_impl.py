@@ -52,8 +52,8 @@ class EPFusedMoE(ShardedFusedMoE):
     def _run_weighted(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
         if self.parallel.chunks > 1 and not torch.is_grad_enabled():
             static: StaticDispatcher = self.dispatcher
-            run = functools.partial(self._slots, experts=experts)
-            return static.run_in_parts(hidden_TH, ids_TK, weights_TK, run=run)
+            first = functools.partial(self._slots.first, experts=experts)
+            return static.run_in_parts(hidden_TH, ids_TK, weights_TK, first=first)
         sent = self.dispatcher.dispatch(hidden_TH, ids_TK, weights_TK)
         slots_NH = self._slots(sent.recv_hidden_states, sent.recv_local_expert_ids, experts=experts)
         return self.dispatcher.combine(slots_NH, sent.metadata)

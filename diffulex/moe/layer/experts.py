@@ -16,11 +16,33 @@ from ..metadata import ExpertExecutionMetadata
 from .spec import MoESpec
 
 
+class Begun(Protocol):
+    """Experts of some tokens of which the first step is done, so that something else can come before the rest.
+
+    done  what the first step gave, [...] of any dtype
+    mark  a small tensor [...] that the rest begins with: whoever wants it later passes a copy that is made later
+    """
+
+    @property
+    def done(self) -> Tensor:
+        """[...], any dtype."""
+
+    @property
+    def mark(self) -> Tensor:
+        """[...], any dtype."""
+
+    def rest(self, mark: Tensor) -> Tensor:
+        """The slots [T*K, H] of `RunSlots`, floating, for `mark` or a copy of it."""
+
+
 class RunSlots(Protocol):
-    """An implementation of the routed experts, slot by slot."""
+    """An implementation of the routed experts, slot by slot, at once or in two steps."""
 
     def __call__(self, hidden_TH: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
         """[T*K, H] in the dtype of hidden [T, H], in slot order and without weights, for ids [T, K] int."""
+
+    def first(self, hidden_TH: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Begun:
+        """The first step of the same, hidden [T, H] floating and ids [T, K] int; all of it where it has no steps."""
 
 
 class RunExperts(Protocol):
@@ -30,24 +52,60 @@ class RunExperts(Protocol):
         """[T, H] in the dtype of hidden [T, H], for weights [T, K] floating and ids [T, K] int."""
 
 
-def slots_by_ops(hidden_TH: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
-    """What each expert makes of each token, without weights: [T*K, H] in the dtype of hidden, in slot order.
+@dataclasses.dataclass(frozen=True)
+class HiddenUnits:
+    """The first expert GEMM and its activation are done: act [N, I] in the order [N] and at the offsets [E+1]."""
 
-    hidden [T, H] floating in the dtype of the experts, ids [T, K] int; slots of ids outside [0, E) are zero.
-    """
-    plan = ExpertExecutionMetadata.from_topk_ids(ids_TK, experts.w13_EJH.shape[0])
-    order_N, offsets_E1 = plan.sorted_slot_ids, plan.seg_indptr
-    act_NI = ops.moe_expert_up(
-        hidden_TH,
-        experts.w13_EJH,
-        experts.b13_EJ,
-        order_N,
-        offsets_E1,
-        plan.top_k,
-        experts.act,
-        experts.interleaved,
-    )
-    return ops.moe_expert_down(act_NI, experts.w2_EHI, experts.b2_EH, order_N, offsets_E1)
+    act_NI: Tensor
+    order_N: Tensor
+    offsets_E1: Tensor
+    experts: ExpertWeights
+
+    @property
+    def done(self) -> Tensor:
+        """The activations [N, I], in the dtype of the hidden states."""
+        return self.act_NI
+
+    @property
+    def mark(self) -> Tensor:
+        """The offsets [E+1] int32."""
+        return self.offsets_E1
+
+    def rest(self, mark: Tensor) -> Tensor:
+        """The second GEMM: [N, H] in the dtype of the activations, in slot order."""
+        return ops.moe_expert_down(self.act_NI, self.experts.w2_EHI, self.experts.b2_EH, self.order_N, mark)
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotsByOps:
+    """What each expert makes of each token through the ops, which torch.compile captures and fuses."""
+
+    def first(self, hidden_TH: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> HiddenUnits:
+        """Slots sorted by expert, and their first GEMM: hidden [T, H] floating, ids [T, K] int."""
+        plan = ExpertExecutionMetadata.from_topk_ids(ids_TK, experts.w13_EJH.shape[0])
+        order_N, offsets_E1 = plan.sorted_slot_ids, plan.seg_indptr
+        act_NI = ops.moe_expert_up(
+            hidden_TH,
+            experts.w13_EJH,
+            experts.b13_EJ,
+            order_N,
+            offsets_E1,
+            plan.top_k,
+            experts.act,
+            experts.interleaved,
+        )
+        return HiddenUnits(act_NI, order_N, offsets_E1, experts)
+
+    def __call__(self, hidden_TH: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
+        """[T*K, H] in the dtype of hidden, in slot order and without weights.
+
+        hidden [T, H] floating in the dtype of the experts, ids [T, K] int; slots of ids outside [0, E) are zero.
+        """
+        begun = self.first(hidden_TH, ids_TK, experts=experts)
+        return begun.rest(begun.mark)
+
+
+slots_by_ops = SlotsByOps()
 
 
 def run_ops(hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
@@ -57,6 +115,27 @@ def run_ops(hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: E
     Returns [T, H] in the dtype of hidden, which is that of the experts. Differentiable.
     """
     return ops.moe_combine(slots_by_ops(hidden_TH, ids_TK, experts=experts), weights_TK)
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeSlots:
+    """Nothing is left to be done: slots [N, H]."""
+
+    slots_NH: Tensor
+
+    @property
+    def done(self) -> Tensor:
+        """The slots [N, H] floating."""
+        return self.slots_NH
+
+    @property
+    def mark(self) -> Tensor:
+        """Nothing, [0] in the dtype of the slots."""
+        return self.slots_NH.new_empty(0)
+
+    def rest(self, mark: Tensor) -> Tensor:
+        """The slots [N, H] floating."""
+        return self.slots_NH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +149,10 @@ class SlotsOf:
         slots_NH = hidden_TH.repeat_interleave(ids_TK.shape[1], dim=0)
         ones_N1 = hidden_TH.new_ones(slots_NH.shape[0], 1)
         return self.run(slots_NH, ones_N1, ids_TK.reshape(-1, 1), experts=experts)
+
+    def first(self, hidden_TH: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> WholeSlots:
+        """All of it, as what is known of `run` has no steps: slots of hidden [T, H] floating and ids [T, K] int."""
+        return WholeSlots(self(hidden_TH, ids_TK, experts=experts))
 
 
 def weighted_on_input(

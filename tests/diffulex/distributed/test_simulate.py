@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from benchmarks.bench_parallel import COLUMNS
 from diffulex.benching.shapes import SHAPES, Shape
 from diffulex.distributed import ExpertPlacement, plan_placement
+from diffulex.distributed import simulate as simulate_module
+from diffulex.distributed.links import exchange_seconds
 from diffulex.distributed.simulate import (
     PAPER,
     RANKS,
     WAYS,
+    Host,
     Links,
     Scenario,
-    _exchange,
     compare,
     main,
     planned,
@@ -26,7 +28,7 @@ from diffulex.distributed.simulate import (
     zipf_load,
 )
 from lowering.errors import MoEOptionError, MoERangeError
-from lowering.schedule.device import H200
+from lowering.schedule.device import H100, H200
 from tests.support.catalogue import raises_catalogue
 
 SMALL = Shape(16, 4, 1024, 512)
@@ -46,7 +48,8 @@ def scenarios(draw, ways=WAYS):
     if load is not None and draw(st.booleans()):
         most = min(5, SMALL.num_experts * (ranks - 1))
         placement = plan_placement(load, ranks, replicas=draw(st.integers(0, most))).placement
-    way, tokens, chunks = draw(st.sampled_from(ways)), draw(st.integers(0, 5000)), draw(st.sampled_from([1, 1, 2, 4]))
+    way, tokens = draw(st.sampled_from(ways)), draw(st.integers(0, 5000))
+    chunks = draw(st.sampled_from([1, 2, 4])) if way == "sums" else 1
     return Scenario(SMALL, ranks, tokens, way, load, placement, chunks)
 
 
@@ -64,9 +67,10 @@ def test_more_tokens_take_no_less_time(scenario, links, more):
 @given(scenarios(), nodes)
 def test_a_step_is_no_shorter_than_its_parts(scenario, links):
     told = simulate(scenario, links=links)
-    assert told.step * ROUNDING >= max(told.rank_experts) * scenario.chunks == told.experts
-    assert told.step <= (told.dispatch + told.experts + told.combine) * ROUNDING
-    assert told.step * ROUNDING >= told.dispatch + told.combine
+    assert told.step * ROUNDING >= max(told.rank_experts) == told.experts
+    if scenario.chunks == 1:
+        assert told.step <= (told.dispatch + told.experts + told.combine) * ROUNDING
+        assert told.step * ROUNDING >= told.dispatch + told.combine
     assert sum(told.shares) == pytest.approx(1) and 1 - 1e-9 <= told.imbalance <= scenario.ranks + 1e-9
 
 
@@ -94,6 +98,9 @@ def test_faster_links_are_never_slower(scenario, links, inside, between):
         links,
         inside_bandwidth=links.inside_bandwidth * inside,
         between_bandwidth=links.between_bandwidth * between,
+        large_bandwidth=links.large_bandwidth * inside,
+        gather_bandwidth=links.gather_bandwidth * inside,
+        memory_bandwidth=links.memory_bandwidth * inside,
         inside_latency=links.inside_latency / inside,
     )
     assert simulate(scenario, links=faster).step <= simulate(scenario, links=links).step * ROUNDING
@@ -120,32 +127,59 @@ def test_replicas_pay_where_loads_are_skewed_and_tokens_many():
     assert not planned(few, replicas=8).replicas
 
 
+FAST = dataclasses.replace(H100, bandwidth=1e30)  # no time for what stays on the device
+NOTHING = Host(0.0, 0.0, 0.0)
+
+
+def links_of(size, inside, between=1e5, **starts):
+    """Every kind of exchange within a node at the same rate."""
+    rates = dict.fromkeys(("inside_bandwidth", "large_bandwidth", "gather_bandwidth", "memory_bandwidth"), inside)
+    latencies = dict.fromkeys(("inside_latency", "large_start", "memory_latency", "reduce_latency"), 0.0)
+    return Links(size, between_bandwidth=between, **rates | latencies | starts)
+
+
 def test_ten_thousand_bytes_over_a_link():
     """By hand: two ranks, equal loads, half of the slots to the other one, no time to start."""
-    links = Links(2, inside_bandwidth=1e6, inside_latency=0.0)
-    told = simulate(Scenario(SMALL, 2, 100), links=links)
+    links = links_of(2, 1e6)
+    told = simulate(Scenario(SMALL, 2, 100), links=links, host=NOTHING, device=FAST)
     assert told.dispatch == pytest.approx(100 * 4 * (2048 + 12) / 2 / 1e6)
-    apart = simulate(Scenario(SMALL, 2, 100), links=Links(1, 1e6, 1e5, 0.0, 0.25))
-    assert apart.dispatch == pytest.approx(3 * 0.25 + 100 * 4 * (2048 + 12) / 2 / 1e5)
-    gathered = simulate(Scenario(SMALL, 2, 100, "static"), links=links)
-    assert gathered.dispatch == pytest.approx(100 * (2048 + 32) / 1e6)
+    apart = links_of(1, 1e6, between_latency=0.25)
+    told = simulate(Scenario(SMALL, 2, 100), links=apart, host=NOTHING, device=FAST)
+    assert told.dispatch == pytest.approx(3 * 0.25 + 100 * 4 * (2048 + 12) / 2 / 1e5)
+    gathered = simulate(Scenario(SMALL, 2, 100, "static"), links=links, device=FAST)
+    assert gathered.dispatch == pytest.approx(100 * (2048 + 32) / 1e6, rel=1e-3)
     assert gathered.combine == pytest.approx(100 * 4 * 2048 / 1e6, rel=1e-3)
-    reduced = simulate(Scenario(SMALL, 2, 100, "tp"), links=links)
+    summed = simulate(Scenario(SMALL, 2, 100, "sums"), links=links, device=FAST)
+    assert summed.combine == pytest.approx(100 * 2048 / 1e6, rel=1e-3)
+    reduced = simulate(Scenario(SMALL, 2, 100, "tp"), links=links, device=FAST)
     assert reduced.combine == pytest.approx(100 * 1024 * 4 / 1e6, rel=1e-3)
+    parts = simulate(Scenario(SMALL, 2, 100, "sums", chunks=2), links=links, device=FAST)
+    assert parts.step == pytest.approx(2 * 100 * 2048 / 1e6, rel=1e-3)  # rows there and sums back, nothing to hide them
+
+
+def test_the_host_is_waited_for():
+    few = Scenario(SMALL, 2, 4)
+    told, slow = (simulate(few, host=host) for host in (NOTHING, Host(0.0, 0.5, 0.25)))
+    assert told.step < 0.01 and (slow.dispatch, slow.combine, slow.step) == (0.5, 0.25, 0.75)
+    counts = simulate(few, host=Host(before=1.0, dispatch=0.5, combine=0.0))
+    assert counts.step == pytest.approx(1 + told.step)
 
 
 @pytest.mark.parametrize(("source", "target", "seconds"), [(2, 3, 2.0), (3, 2, 2.0), (1, 2, 20.0), (0, 1, 2.0)])
 def test_bytes_take_the_link_between_their_ranks(source, target, seconds):
     """Nodes of two ranks, ten times as fast inside."""
-    links = Links(2, 1e6, 1e5, 0.0, 0.0)
+    links = links_of(2, 1e6, between_latency=0.0)
     sent = [[2e6 * ((a, b) == (source, target)) for b in range(4)] for a in range(4)]
-    assert _exchange(sent, links) == pytest.approx(seconds)
+    assert exchange_seconds(sent, links) == pytest.approx(seconds)
 
 
-def test_chunks_hide_the_shorter_of_both():
-    whole = simulate(Scenario(SMALL, 2, 65536))
-    halves = simulate(Scenario(SMALL, 2, 65536, chunks=2))
-    assert max(halves.experts, halves.dispatch + halves.combine) < halves.step < whole.step
+def test_parts_hide_what_travels():
+    """Behind GEMMs that take longer; more parts read the weights more often, and hide no more."""
+    whole, two, four = (simulate(Scenario(SMALL, 2, 65536, "sums", chunks=chunks)) for chunks in (1, 2, 4))
+    assert two.experts < two.step < whole.step and two.experts < four.experts
+    slow = dataclasses.replace(Links(), memory_bandwidth=1e9)
+    exposed = simulate(Scenario(SMALL, 2, 65536, "sums", chunks=2), links=slow)
+    assert exposed.step > 2 * 65536 * 2048 / 1e9
 
 
 @pytest.mark.parametrize("num_experts", [4, 5, 64])
@@ -158,6 +192,8 @@ def test_zipf_gives_no_expert_more_than_a_token_can(num_experts):
 def test_what_has_no_meaning_is_refused():
     with raises_catalogue(MoEOptionError, expected="way in", got="'ring'"):
         simulate(Scenario(SMALL, 2, 1, "ring"))
+    with raises_catalogue(MoEOptionError, expected="chunks=1 but for 'sums'", got="'static'"):
+        simulate(Scenario(SMALL, 2, 1, "static", chunks=2))
     with raises_catalogue(MoERangeError, expected="tokens >= 0", got="-1 tokens"):
         simulate(Scenario(SMALL, 2, -1))
     with raises_catalogue(MoERangeError, expected="loads of 16 experts", got="2 and 3"):
@@ -185,6 +221,27 @@ def test_measurements_stand_beside_predictions(tmp_path, capsys):
     )
     main(["--compare", str(path)])
     assert "ratio 0.50" in capsys.readouterr().out
+
+
+MEASURED = Path(__file__).with_name("measured_on_two_h200.csv")
+OUTSIDE = {
+    ("qwen3", 64, "naive"): "the first cell of the run, 2.9 ms where the host needs 1.8 for others of as few tokens",
+}
+
+
+def test_measurements_on_two_gpus_are_met(monkeypatch):
+    """Whole calls. Sums travelled in fp32 then, and slots without an expert were written and read; the order of a call
+    in parts was another one, so that these rows are not in the file.
+    """
+    monkeypatch.setattr(simulate_module, "_SUM", 4)
+    monkeypatch.setattr(simulate_module, "_SPARE", 1.0)
+    told = [one for one in compare(MEASURED) if one.phase == "time"]
+    assert len(told) == 19 and {one.way for one in told} == {"naive", "static", "sums", "tp-experts"}
+    wrong = {(one.shape, one.tokens, one.way) for one in told if abs(one.ratio - 1) > 0.15}
+    assert wrong == set(OUTSIDE)
+    for one in told:
+        cells = (one.shape, one.tokens, one.way, f"{one.measured:.0f}", f"{one.predicted:.0f}", f"{one.ratio:.2f}")
+        assert f"| {' | '.join(map(str, cells))} |" in KEPT.read_text(encoding="utf-8")
 
 
 def test_the_kept_tables_are_what_is_predicted(capsys):

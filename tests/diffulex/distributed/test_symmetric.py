@@ -1,6 +1,5 @@
 """Exchanges through memory that ranks share: on threads, with stand-ins for the handles of torch's symmetric memory."""
 
-import functools
 import gc
 import math
 from types import SimpleNamespace
@@ -11,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffulex.distributed import symmetric
+from diffulex.distributed.collectives import added_in_order
 from diffulex.distributed.overlap import begin_op
-from diffulex.distributed.parts import PartsOfCollectives, PartsOfMemory
+from diffulex.distributed.parts import PartsOfMemory
 from diffulex.distributed.symmetric import (
     Workspace,
     all_to_all_op,
@@ -130,26 +130,37 @@ def test_a_call_that_does_not_fit_is_refused():
 
 def drawn_parts(rank, tokens=5):
     generator = torch.Generator().manual_seed(rank)
-    return torch.randn(tokens, 3, generator=generator), torch.full((tokens, 2), rank, dtype=torch.int32)
+    return torch.randn(tokens, 3, generator=generator).bfloat16(), torch.full((tokens, 2), rank, dtype=torch.int32)
 
 
-def test_parts_by_memory_and_one_after_the_other_are_bitwise_the_same():
-    """On more ranks than `torch.sum` adds in order."""
-    size, chunks, capacity = 6, 2, 6
+@given(st.integers(1, 6), st.integers(1, 3), st.lists(st.integers(0, 6), min_size=6, max_size=6))
+def test_parts_through_memory(size, parts, tokens):
+    """Sums are rounded where they travel, the own one is not, and they are added up in fp32 rank by rank."""
+    capacity = 6
 
-    def run(kind, space):
+    def of_rank(source, rank):
+        """The sum of a rank for the tokens of another one, wide."""
+        rows, details = (tensor[: tokens[rank]] for tensor in drawn_parts(rank, capacity))
+        return rows.float() * (source + 0.7) + details[:, :1]
+
+    def run(space):
         rank = space.handle.rank
         route = Route("", size, f"threads/{rank}")
-        with torch.no_grad():
-            exchange = kind(*drawn_parts(rank), capacity=capacity, chunks=chunks, route=route)
-            for chunk in range(chunks):
-                rows, details = exchange.rows(chunk)
-                exchange.send((rows * (rank + 1) + details.sum()).exp(), chunk)
-            return exchange.collect()
+        mine = [tensor[: tokens[rank]] for tensor in drawn_parts(rank, capacity)]
+        exchange = PartsOfMemory(*mine, rank=rank, capacity=capacity, parts=parts, route=route)
+        assert torch.equal(exchange.own_TD, mine[1])
+        after = exchange.own_TD
+        for part in range(exchange.parts):
+            rows, details = exchange.rows(part, after=after)
+            sums = rows.float() * (rank + 0.7) + details[:, :1]
+            after = exchange.send(sums.bfloat16(), part, mark=torch.tensor([part]))
+            assert after.tolist() == [part]
+        return exchange.collect(of_rank(rank, rank), after=after)
 
-    by_memory = on_threads(size, 8192, functools.partial(run, PartsOfMemory), of_call=2 + chunks)
-    apart = on_threads(size, 8192, functools.partial(run, PartsOfCollectives))
-    assert all(torch.equal(one, other) for one, other in zip(by_memory, apart, strict=True))
+    for rank, found in enumerate(on_threads(size, 8192, run, of_call=2 + parts * (size > 1))):
+        wide = [of_rank(source, rank) for source in range(size)]
+        summed = added_in_order([one if source == rank else one.bfloat16() for source, one in enumerate(wide)])
+        assert torch.equal(found, summed.bfloat16())
 
 
 @pytest.mark.parametrize("meanwhile", ["begin", "gather", "all_to_all"])
@@ -158,10 +169,8 @@ def test_nothing_comes_between_a_call_in_parts(meanwhile):
     rows, details = drawn_parts(0, 4)
 
     def call():
-        exchange = PartsOfMemory(rows, details, capacity=4, chunks=2, route=Route("", 1, "threads/0"))
-        for chunk in range(2):
-            exchange.send(exchange.rows(chunk)[0] * 2, chunk)
-        return exchange.collect()
+        exchange = PartsOfMemory(rows, details, rank=0, capacity=4, parts=2, route=Route("", 1, "threads/0"))
+        return exchange.collect(rows.float() * 2, after=exchange.own_TD)
 
     def run(space):
         others = {
@@ -172,9 +181,10 @@ def test_nothing_comes_between_a_call_in_parts(meanwhile):
         begin_op(rows, details, 4, 2, 1, "threads/0")
         with raises_catalogue(MoEStageError, expected="one call in parts after the other"):
             others[meanwhile]()
+        space.handle.barrier()  # of the call that ended half way
         return call()
 
-    assert torch.equal(on_threads(1, 4096, run, of_call=5)[0], rows * 2)
+    assert torch.equal(on_threads(1, 4096, run)[0], rows * 2)
 
 
 @pytest.mark.parametrize("rows", [0, 3])

@@ -29,7 +29,7 @@ def test_eager_outputs_and_gradients(pair, exact):
     assert pair.run(gpu_rank_cases.eager, SIZE, exact) == [[], []]
 
 
-@pytest.mark.parametrize(("exact", "chunks"), [(True, 1), (False, 1), (False, 3)])
+@pytest.mark.parametrize(("exact", "chunks"), [(True, 1), (False, 1), (False, 2), (False, 3)])
 def test_compiled_and_replayed(pair, exact, chunks):
     assert pair.run(gpu_rank_cases.replayed, SIZE, exact, 60, chunks) == [[], []]
 
@@ -38,6 +38,6 @@ def test_a_graph_without_the_way_back(pair):
     assert pair.run(gpu_rank_cases.dispatched_only, SIZE, 60) == [[], []]
 
 
-@pytest.mark.parametrize(("exact", "chunks"), [(True, 1), (False, 1), (False, 3)])
+@pytest.mark.parametrize(("exact", "chunks"), [(True, 1), (False, 1), (False, 2), (False, 3)])
 def test_the_host_waits_for_nothing(pair, exact, chunks):
     assert pair.run(gpu_rank_cases.without_host, SIZE, exact, chunks) == ["", ""]

@@ -19,6 +19,7 @@ from diffulex.moe import (
     build_moe_block,
     build_token_dispatcher,
 )
+from diffulex.moe.layer.experts import WholeSlots
 from diffulex.moe.metadata import DispatcherStage
 from lowering.errors import (
     MoECheckpointError,
@@ -152,16 +153,19 @@ def test_parts_are_refused_like_a_dispatch(mesh):
     options = {"dispatcher": "static", "max_tokens_per_rank": CAPACITY, "exact": False, "chunks": 2}
     dispatcher = build_token_dispatcher("static", plan_of(mesh, **options))
     hidden, ids, weights = tokens()
-    run = lambda rows, ids: rows.repeat_interleave(ids.shape[1], dim=0) * (ids.reshape(-1, 1) >= 0)  # noqa: E731
+
+    def first(rows, ids):
+        return WholeSlots(rows.repeat_interleave(ids.shape[1], dim=0) * (ids.reshape(-1, 1) >= 0))
+
     wanted = hidden * (weights * ((ids >= 0) & (ids < EXPERTS))).sum(1, keepdim=True)
-    torch.testing.assert_close(dispatcher.run_in_parts(hidden, ids, weights, run=run), wanted)
+    torch.testing.assert_close(dispatcher.run_in_parts(hidden, ids, weights, first=first), wanted)
     with raises_catalogue(MoEShapeError, expected="ids of shape [3, 2]"):
-        dispatcher.run_in_parts(hidden, ids[:, :1], weights, run=run)
+        dispatcher.run_in_parts(hidden, ids[:, :1], weights, first=first)
     with raises_catalogue(MoERangeError, expected=f"at most {CAPACITY} tokens", got="6"):
-        dispatcher.run_in_parts(*tokens(6), run=run)
+        dispatcher.run_in_parts(*tokens(6), first=first)
     dispatcher.dispatch(hidden, ids, weights)
     with raises_catalogue(MoEStageError, where="run_in_parts", expected="`combine` of the tokens"):
-        dispatcher.run_in_parts(hidden, ids, weights, run=run)
+        dispatcher.run_in_parts(hidden, ids, weights, first=first)
 
 
 def test_records_describe_the_exchange(mesh, monkeypatch):
@@ -413,7 +417,7 @@ def test_how_static_exchanges_travel_is_said(mesh, monkeypatch):
     assert first.transport == f"dispatch by symmetric memory; combine by {slower}"
     assert first._route("dispatch", 8).workspace is not None and first._route("combine", 8).workspace is None
     assert neither.workspace is None and "faster for 9990 bytes" in neither.transport
-    parts = ParallelConfig(mesh, dim="ep", dispatcher="static", max_tokens_per_rank=5, exact=False, chunks=2)
+    parts = ParallelConfig(mesh, dim="ep", dispatcher="static", max_tokens_per_rank=5, exact=False, chunks=3)
     apart = build_token_dispatcher("static", dataclasses.replace(plan, parallel=parts, row_bytes=999))
     assert apart.transport.endswith("; parts by symmetric memory") and apart.capacity == 6
     assert apart._route("parts", 8).workspace is not None and apart._route("dispatch", 8).workspace is None

@@ -9,10 +9,23 @@ from lowering.errors import MoEDeviceError, MoEDtypeError, MoEShapeError
 from lowering.ops import moe_combine
 from lowering.reference.moe_combine import moe_combine_reference
 from tests.support.catalogue import assert_refused, named
-from tests.support.inputs import DEVICES, FORMS, LOW_DTYPES, WIDE, BlockForm, cast, combine_args, with_grad
+from tests.support.inputs import (
+    DEVICES,
+    FORMS,
+    LOW_DTYPES,
+    WIDE,
+    BlockForm,
+    cast,
+    combine_args,
+    combine_args_with_ids,
+    with_grad,
+)
 from tests.support.oracle import assert_near_exact, assert_oracle_ratio, gradients, random_like
 
-reference = moe_combine_reference
+
+def reference(slots, weights, ids=None, num_experts=0):
+    """The oracle, with the op's arguments."""
+    return moe_combine_reference(slots, weights, ids_TK=ids, num_experts=num_experts)
 
 
 def eager(slots, weights):
@@ -64,6 +77,25 @@ def test_the_sum_is_taken_in_slot_order(dtype):
     slots = torch.ones(6, 1, dtype=dtype)
     weights = torch.tensor([[2.0**24, 1.0, -(2.0**24)], [2.0**24, -(2.0**24), 1.0]])
     assert moe_combine(slots, weights).flatten().tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_slots_of_no_expert_count_as_zeros(form, device):
+    args = with_grad(combine_args_with_ids(form, device))
+    assert_near_exact(moe_combine(*args), reference(*args))
+    grad = random_like(reference(*args))
+    ours, wanted = gradients(moe_combine, args, grad), gradients(reference, args, grad)
+    for position, value in wanted.items():
+        assert_near_exact(ours[position], value)
+
+
+def test_ids_have_the_shape_of_weights():
+    slots, weights, ids, experts = combine_args_with_ids(FORMS["plain"])
+    given = {"slots": slots, "weights": weights, "ids": ids, "num_experts": experts}
+    for kind, changed in ((MoEShapeError, ids[:-1]), (MoEShapeError, ids[:, 1:]), (MoEDtypeError, ids.double())):
+        with pytest.raises(kind):
+            moe_combine(**given | {"ids": changed})
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -1,0 +1,70 @@
+"""The order that generated code keeps of a call in parts, and what it does not write: for a faked H100."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffulex.distributed.tokens import Route
+from diffulex.moe.dispatcher.static_dispatcher import StaticDispatcher
+from diffulex.moe.layer.experts import slots_by_ops
+from lowering.inductor.offline import offline_source
+from lowering.inductor.passes import register_lowerings
+from lowering.reference.moe_block import ExpertWeights
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: nothing to fake")
+
+T, K, H, WIDTH, EXPERTS, RANKS = 4096, 4, 256, 128, 8, 2
+OWN = ("begin", "moe_expert_up")
+PEERS = ("rows_of", "moe_expert_up", "moe_expert_down", "moe_combine", "send")
+REST = ("moe_expert_down", "collect", "moe_combine")
+
+
+class Dispatcher(StaticDispatcher):
+    """One of two ranks, with tables that are given."""
+
+    plan = SimpleNamespace(top_k=K)
+
+    def __init__(self, chunks, tables):
+        self._pending, self.chunks, self.capacity = None, chunks, T
+        self.rank, self.size, self.num_experts, self.num_local_experts = 0, RANKS, RANKS * EXPERTS, EXPERTS
+        self.rank_of_expert, self.row_of_expert = tables
+
+    def _check(self, *tensors):
+        """Everything fits."""
+
+    def _route(self, name, needed):
+        return Route("", RANKS, "nowhere")
+
+
+def code_of(chunks):
+    def call(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI, *tables):
+        experts = ExpertWeights(w13_EJH, w2_EHI, None, None, "silu(g) * u", False)
+        dispatcher = Dispatcher(chunks, tables)
+        first = lambda rows, ids: slots_by_ops.first(rows, ids, experts=experts)  # noqa: E731
+        return dispatcher.run_in_parts(hidden_TH, ids_TK, weights_TK, first=first)
+
+    half = {"dtype": torch.bfloat16}
+    weights = [torch.empty(EXPERTS, 2 * WIDTH, H, **half), torch.empty(EXPERTS, H, WIDTH, **half)]
+    tables = [torch.zeros(RANKS * EXPERTS + 1, dtype=torch.int32) for _ in range(2)]
+    register_lowerings()
+    with torch.no_grad():
+        tokens = [torch.empty(T, H, **half), torch.zeros(T, K, dtype=torch.int64), torch.zeros(T, K)]
+        return offline_source(call, [*tokens, *weights, *tables])
+
+
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_exchanges_stand_between_the_gemms_that_hide_them(chunks):
+    code = code_of(chunks)
+    body = code.wrapper_source.partition("def call")[2]
+    calls = [line for line in body.splitlines() if re.search(r"\.run\(|torch\.ops\.\w+\.\w+\.default\(", line)]
+    stages = r"(moe_expert_up|moe_expert_down|moe_combine)\w*\.run\(|diffulex_ranks\.(\w+)\.default\("
+    found = [next(filter(None, match.groups())) for line in calls if (match := re.search(stages, line))]
+    assert found == [*OWN, *PEERS * (chunks - 1), *REST]
+    # neither slots nor sums in fp32, and slots of other ranks' experts are neither written nor read
+    assert not re.search(r"empty_strided_cuda\(.*torch\.float32\)", body)
+    gemms = [kernel.function for kernel in code.kernels if "moe_expert" in kernel.name]
+    assert gemms and not any("no expert: zeros" in text or "if start >= end" in text for text in gemms)
+    sums = [kernel.function for kernel in code.kernels if "moe_combine" in kernel.name]
+    assert len(sums) == chunks and all("other=0.0" in text for text in sums)
