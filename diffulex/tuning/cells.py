@@ -13,13 +13,12 @@ from torch import Tensor
 from lowering.activation import canonical, is_gated
 from lowering.schedule.cost_model import predict
 from lowering.schedule.device import DeviceSpec
-from lowering.schedule.plan import candidates, exact_schedule, in_other_orders, plan, range_of, schedule_for
+from lowering.schedule.plan import candidates, exact_schedule, plan, range_of, schedule_for
 from lowering.schedule.schedule import GemmShape, Schedule, tma_refusal
 
 from ..benching.shapes import Case
 
 STAGES = ("up", "down")
-_IN_OTHER_ORDERS = 3  # of the first schedules
 BY_MODEL, BY_MODEL_FOR_ROWS, NOW = "the cost model", "the cost model for just these rows", "the plan in force"
 
 
@@ -88,15 +87,11 @@ def planned(cell: Cell, device: DeviceSpec) -> dict[str, Schedule]:
 
 
 def to_time(cell: Cell, device: DeviceSpec, *, best: int) -> list[Schedule]:
-    """The planned schedules, then those that the model ranks first, `best` of them; 0: all but hopeless ones.
-
-    The first few are tried in other orders of their tiles, too.
-    """
+    """The planned schedules, then those that the model ranks first, `best` of them; 0: all but hopeless ones."""
     gemm, rows = cell.gemm, cell.rows
     found = candidates(gemm, device)
     if best:
         found = sorted(found, key=lambda schedule: predict(rows, gemm, schedule=schedule, device=device))[:best]
-        found += [other for schedule in found[:_IN_OTHER_ORDERS] for other in in_other_orders(schedule)]
     else:  # tiles far from the rows that an expert gets cannot win and take long
         own = max(1.0, rows / gemm.num_experts)
         found = [schedule for schedule in found if min(64, own / 8) <= schedule.block_m <= max(16, 4 * own)]

@@ -4,7 +4,6 @@ on the device, the times that were measured then.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -53,22 +52,10 @@ def _descriptor_schedules(shape: GemmShape, device: DeviceSpec) -> Iterator[Sche
             yield Schedule(block_m, block_n, block_k, block_m // 16, num_stages, loop, group_m)
 
 
-def in_other_orders(schedule: Schedule) -> list[Schedule]:
-    """The same tiles by descriptors in other orders. To the model all are equal, so only measured times choose one."""
-    if not schedule.loop.tma:
-        return []
-    orders = itertools.product((False, True), (1, 2) if schedule.block_n >= 128 else (1,))
-    loops = [dataclasses.replace(schedule.loop, across=across, tail=tail) for across, tail in orders]
-    return [dataclasses.replace(schedule, loop=loop) for loop in loops if loop != schedule.loop]
-
-
 @functools.lru_cache(maxsize=256)
 def _times(shape: GemmShape, device: DeviceSpec, *, tuned: bool = True) -> tuple[list[Schedule], tuned_times.Times]:
     """(schedules, their times by the row count)."""
     schedules = candidates(shape, device)
-    if tuned and (times := tuned_times.measured(shape, device)):
-        known = {schedule for cell in times.values() for schedule in cell}
-        schedules += [other for schedule in schedules for other in in_other_orders(schedule) if other in known]
     return schedules, tuned_times.Times(shape, device, schedules=schedules, tuned=tuned)
 
 

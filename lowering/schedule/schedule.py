@@ -17,21 +17,16 @@ class Loop:
     flatten   the next tile's first loads are issued before a tile is stored (tma)
     subtiles  1 or 2 parts of a tile's columns are stored one after the other (tma)
     grouped   row tiles of an expert share columns of weights in groups (always so with tma)
-    tail      1, 2 or 4 parts of their columns that tiles of the last wave are cut into, where it is not full (tma)
-    across    these groups hold row tiles of several experts (tma)
     """
 
     tma: bool = False
     flatten: bool = False
     subtiles: int = 1
     grouped: bool = False
-    tail: int = 1
-    across: bool = False
 
     def __str__(self) -> str:
         words = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is True]
-        words += [f"/{self.subtiles}"] if self.subtiles > 1 else []
-        return " ".join([*words, *([f"tail/{self.tail}"] if self.tail > 1 else [])])
+        return " ".join([*words, *([f"/{self.subtiles}"] if self.subtiles > 1 else [])])
 
 
 PLAIN = Loop()

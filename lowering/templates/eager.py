@@ -138,8 +138,6 @@ def gemm_constants(num_experts: int, top_k: int, *, width: int, schedule: Schedu
         loop["GROUP_M"] = schedule.group_m
     if schedule.loop.tma:
         loop["STORE_N"] = schedule.block_n // schedule.loop.subtiles
-        if schedule.loop.tail > 1:
-            loop["TAIL_N"] = schedule.block_n // schedule.loop.tail
     return {
         "NUM_EXPERTS": num_experts,
         # a warp has 32 lanes: fewer experts are found by code that ptxas takes for divergent, main loop and all

@@ -136,8 +136,6 @@ class ExpertGemmVariant:
             up_ptr="w_up_ptr" if self.shared else "w_ptr + up_shift",
             grouped=self.loop.grouped,
             subtiles=self.loop.subtiles,
-            tail=self.loop.tail,
-            across=self.loop.across,
             flatten=self.loop.flatten,
             functions=_render("moe_activation_functions", act=act),
         )

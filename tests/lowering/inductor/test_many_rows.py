@@ -23,7 +23,6 @@ LOOPS = {
     "grouped": Loop(grouped=True),
     "tma": TMA,
     "flatten": Loop(tma=True, flatten=True, subtiles=2),
-    "tail": Loop(tma=True, flatten=True, tail=2),
 }
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from lowering.schedule import cost_model
 from lowering.schedule.cost_model import ARGUMENTS, CONSTANTS, cost, gemm_time, predict
 from lowering.schedule.device import H100
-from lowering.schedule.plan import candidates
-from lowering.schedule.schedule import GemmShape, Schedule
+from lowering.schedule.plan import candidates, exact_schedule
+from lowering.schedule.schedule import PLAIN, GemmShape, Schedule
 
 # up stages of models: qwen3-30b-a3b, mixtral, gpt-oss, a tiny one
 SHAPES = [
@@ -93,6 +93,15 @@ def test_small_tiles_for_few_rows_and_large_tiles_for_many():
     shape, small, large = SHAPES[0], Schedule(16, 64, 128, 4, 4), Schedule(128, 128, 64, 8, 4)
     assert seconds(64, shape, small) < seconds(64, shape, large)
     assert seconds(1 << 17, shape, small) > seconds(1 << 17, shape, large)
+
+
+def test_orders_that_read_weights_once_where_skewed_routing_would_read_them_again():
+    """Mixtral's experts exceed L2. Sixteen rows each fit a tile; a popular expert has more. At one token none has."""
+    up = SHAPES[1]
+    assert exact_schedule(128, up, device=H100, tuned=False).loop.grouped
+    assert exact_schedule(2, up, device=H100, tuned=False).loop == PLAIN
+    small = SHAPES[0]  # its experts stay in L2 between two row tiles
+    assert exact_schedule(512, small, device=H100, tuned=False).loop == PLAIN
 
 
 @given(cases())

@@ -86,17 +86,6 @@ def test_a_schedule_that_is_far_better_is_the_one_of_its_range(folder):
         assert plans.range_of(rows, plan((UP, DOWN), H100)).schedules[0] == best
 
 
-def test_another_order_of_tiles_is_taken_where_it_was_measured_to_be_faster(folder):
-    times = model_times(UP, H100, 4096)
-    usual = exact_schedule(4096, UP, device=H100)
-    other = plans.in_other_orders(usual)[0]
-    assert usual in times and other not in times
-    for factor, best in ((1.02, usual), (0.98, other)):
-        keep(H100, {UP: {4096: {**times, other: times[usual] * factor}}})
-        assert exact_schedule(4096, UP, device=H100) == best
-    assert exact_schedule(4096, UP, device=H100, tuned=False) == usual
-
-
 def test_rows_fewer_than_plans_look_at_otherwise_count_where_they_were_measured(folder):
     """Two rows, one token of a model with two experts a token; the schedule that is best there is slow from 8 on."""
     some = list(model_times(UP, H100, 8))
@@ -144,10 +133,10 @@ def test_between_measured_rows_the_model_is_corrected(folder):
     slow = next(iter(model_times(UP, H100, 64)))
     slower = {64: 2.0, 4096: 8.0}
     for rows, by in slower.items():
-        times = dict.fromkeys(model_times(UP, H100, rows, count=200), 1.0)
+        times = dict.fromkeys(model_times(UP, H100, rows, count=100), 1.0)
         assert slow in times
         keep(
-            H100, {UP: {rows: model_times(UP, H100, rows, count=200, factor=lambda s, by=by: by if s == slow else 1.0)}}
+            H100, {UP: {rows: model_times(UP, H100, rows, count=100, factor=lambda s, by=by: by if s == slow else 1.0)}}
         )
     corrected, plain = (plans._times(UP, H100, tuned=on)[1] for on in (True, False))
     for rows, by in {8: 2.0, 64: 2.0, 512: 4.0, 4096: 8.0, 1 << 20: 8.0}.items():

@@ -33,9 +33,6 @@ MANY = [
     Schedule(16, 16, 16, 4, 3, Loop(tma=True), group_m=1),
     Schedule(32, 16, 16, 4, 3, Loop(tma=True, flatten=True), group_m=3),
     Schedule(16, 32, 32, 4, 3, Loop(tma=True, flatten=True, subtiles=2), group_m=2),
-    Schedule(16, 32, 16, 4, 3, Loop(tma=True, tail=2), group_m=2),
-    Schedule(16, 32, 16, 4, 3, Loop(tma=True, tail=2, across=True), group_m=3),
-    Schedule(16, 64, 32, 4, 3, Loop(tma=True, flatten=True, subtiles=2, tail=4), group_m=2),
 ]
 # sizes of rows that tensor descriptors take
 ALIGNED = WIDE.replace(hidden=48, width=40)

@@ -20,12 +20,7 @@ VARIANTS = [
 ]
 LOOPS = [
     Loop(grouped=True),
-    *(
-        Loop(tma=True, flatten=flatten, subtiles=parts, tail=tail, across=tail == 2)
-        for flatten in (False, True)
-        for parts in (1, 2)
-        for tail in (1, 2)
-    ),
+    *(Loop(tma=True, flatten=flatten, subtiles=parts) for flatten in (False, True) for parts in (1, 2)),
 ]
 VARIANTS += [
     ExpertGemmVariant(gather, not gather, bias, act, interleaved, even_k).scheduled(
