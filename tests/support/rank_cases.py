@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
+import signal
+import time
 from typing import Any
 from unittest import mock
 
@@ -227,6 +230,24 @@ def make_mismatched(rank: int, cases: tuple[Case, ...]) -> str:
             raise
         return f"{type(error).__name__} {error}"
     return "no error"
+
+
+def lose_a_rank(rank: int, case: Case, size: int, *, how: str, lost: int) -> tuple[str, str, float]:
+    """The type and text of the error of a second call, which one rank does not come to, and the seconds until it."""
+    parallel = ParallelConfig(init_device_mesh("cpu", (size,)), **dict(case.options))
+    layer = (EPFusedMoE if case.mode == "ep" else TPFusedMoE)(case.spec, parallel=parallel, dtype=case.dtype)
+    hidden_TH = case.part(case.all_inputs()[0], rank)
+    layer(hidden_TH)
+    if rank == lost:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+    began = time.monotonic()
+    try:
+        layer(hidden_TH)
+    except RuntimeError as error:
+        return type(error).__name__, str(error), time.monotonic() - began
+    return "", "no error", time.monotonic() - began
 
 
 def make_on_devices(rank: int, case: Case, devices: tuple[str, ...]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -14,6 +15,7 @@ from lowering.errors import MoECheckpointError, MoEErrorMixin, MoEOptionError
 from lowering.reference.moe_block import ExpertWeights
 
 from ...distributed.agreement import check_agreement, flat_fields
+from ...distributed.faults import naming_lost_ranks
 from ...distributed.parallel import ParallelConfig
 from .base import FusedMoE
 from .experts import slots_function, weighted_on_input
@@ -69,6 +71,16 @@ class ShardedFusedMoE(FusedMoE):
             self.register_parameter("b2", None)  # added once, by the first rank
         self._replicate()
         self._prepare(parallel)
+
+    def forward(self, hidden_states: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+        """As `FusedMoE.forward` for hidden_states [..., H] floating, by all ranks.
+
+        Outside of compiled code, raises `MoERankError` where a rank does not come: see `naming_lost_ranks`.
+        """
+        if torch.compiler.is_compiling():
+            return super().forward(hidden_states, **given)
+        with naming_lost_ranks(self.parallel.group, where=type(self).__name__):
+            return super().forward(hidden_states, **given)
 
     def _prepare(self, parallel: ParallelConfig) -> None:
         """Make what `run_experts` needs beside the weights."""
