@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from diffulex.distributed import ExpertLoad, ParallelConfig
 from diffulex.moe import EPFusedMoE, MoESpec, NaiveFusedMoE, TPFusedMoE
 from diffulex.moe.dispatcher import static_dispatcher
+from lowering.state import batch_invariant
 from tests.support.moe_layers import make_layer
 from tests.support.shared_memory import workspace_of_processes
 
@@ -119,15 +120,18 @@ def run_experts(rank: int, case: Case, size: int, replicas: int = 1) -> dict[str
     return expert_results(layer, *parts)
 
 
-def run_in_parts(rank: int, case: Case, size: int, compiled: bool = False) -> list[Tensor]:
-    """Outputs of two calls of the routed experts on this rank, without gradients; the second compiled where asked."""
+def run_twice(rank: int, case: Case, size: int, compiled: bool = False, invariant: bool = False) -> list[Tensor]:
+    """Outputs of two calls of the routed experts on this rank, without gradients; the second compiled where asked.
+
+    invariant: a row's result does not depend on the other rows.
+    """
     layer = make_sharded(case, size)
     parts = [case.part(tensor, rank % size) for tensor in case.all_inputs()]
     run = layer.run_experts
     if compiled:
         torch._dynamo.reset()
         run = torch.compile(run, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
+    with torch.no_grad(), batch_invariant() if invariant else contextlib.nullcontext():
         return [layer.run_experts(*parts), run(*parts)]
 
 

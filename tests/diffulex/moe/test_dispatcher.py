@@ -287,7 +287,7 @@ def test_layers_are_built_from_a_parallel_config(mesh):
     assert isinstance(build_mlp_or_moe(CONFIG, 1, torch.nn.Identity, parallel=ep), torch.nn.Identity)
     layer = build_moe_block("ep", CONFIG, 0, parallel=ep, device="meta", dtype=torch.bfloat16)
     assert layer.w13.is_meta and layer.w13.dtype == torch.bfloat16 and layer.owned_experts == (0, 1, 2, 3)
-    assert not layer.dispatcher.rank_of_expert.is_meta
+    assert not layer.dispatcher.ranks_of_expert.is_meta
     with pytest.raises(MoEOptionError, match="a ParallelConfig for 'tp' and 'ep'"):
         build_moe_block("ep", CONFIG, 0)
     with pytest.raises(MoEOptionError, match="none for 'naive'"):
