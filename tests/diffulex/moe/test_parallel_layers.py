@@ -334,13 +334,16 @@ def test_a_plan_with_replicas_is_run(pair):
         assert message.startswith("MoEParallelError") and "each expert on one rank for the mode 'tp'" in message
 
 
-def test_copies_of_new_experts_are_alike(pair):
-    placement = ExpertPlacement(((0, 1, 2, 3, 4), (5, 6, 3, 0)))
+def test_copies_of_new_experts_are_alike(ranks):
+    """Each rank draws its own, and the first copy's are taken, on whichever rank that is."""
+    placement = ExpertPlacement(((0, 1), (2, 3, 4), (5, 6), (3, 0)))
     case = dataclasses.replace(PLANNED, options=(("placement", placement),))
-    first, second = pair.run(rank_cases.make_fresh, case, 2)
+    made = ranks.run(rank_cases.make_fresh, case, RANKS)
     for name in ("w13", "w2"):
-        assert torch.equal(first[name][[0, 3]], second[name][[3, 2]])
-        assert not torch.equal(first[name][0], first[name][3])
+        first, second, _, last = (state[name] for state in made)
+        assert torch.equal(last[0], second[1]) and torch.equal(last[1], first[0])
+        for row in (*first, *second, *last):  # drawn, all of it, and not what memory held
+            assert 0.9 * 32**-0.5 < row.abs().max() <= 32**-0.5 and row.unique().numel() > 0.9 * row.numel()
 
 
 STEPS = ((0, 1), (1, 0), (5, 9), (9, 2), (3, 0))
