@@ -90,6 +90,12 @@ class MoEStageError(MoEErrorMixin, RuntimeError):
     code = "MOE010"
 
 
+class MoERankError(MoEErrorMixin, RuntimeError):
+    """A rank did not come to an exchange: it is gone or stuck, or left with an error of its own."""
+
+    code = "MOE011"
+
+
 class ReasonCode(enum.Enum):
     """Why something was not captured, fused or lowered. `explain` prints these; there is no UNKNOWN."""
 

@@ -32,7 +32,7 @@ from .placement import ExpertPlacement
 class PlacementPlan:
     """A placement, and the load of each rank that the counts predict for it; `str()` is a report.
 
-    placement  what `ParallelConfig(placement=...)` takes, if it has no replicas
+    placement  what `ParallelConfig(placement=...)` takes
     before     load of each rank under `ExpertPlacement.even`, exact
     after      load of each rank under `placement`, exact
     bound      what `max(after)` is at most, whatever the counts are; see `plan_placement`
@@ -72,7 +72,7 @@ def plan_placement(load_E: Sequence[float], num_ranks: int, *, replicas: int = 0
     """Spread experts over ranks by their loads, e.g. `ExpertLoad.snapshot()`, E finite numbers >= 0.
 
     replicas  rows of weights beyond one for each expert; they go one by one to the expert whose replicas have the
-              largest share, on a rank each. Layers take plans without replicas only, yet.
+              largest share, on a rank each. Layers with replicas are for inference.
 
     All E + replicas rows, the largest share first, go each to the least loaded rank that has room and does not hold
     the expert, with as many rows on each rank (or one more on some, where that does not divide). If the room left is

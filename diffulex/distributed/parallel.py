@@ -28,7 +28,8 @@ class ParallelConfig:
                          same tokens, and their partial results are added up
     dim                  name of the mesh dimension; None: the only one
     shard                for "tp", what a rank owns: whole "experts", or a slice of every expert's "width"
-    placement            experts of each rank, as `plan_placement` makes them from counts; None: `ExpertPlacement.even`
+    placement            experts of each rank, as `plan_placement` makes them from counts; None: `ExpertPlacement.even`.
+                         With replicas, for "ep" and inference, each slot goes to one copy
     dispatcher           for "ep", the backend of `build_token_dispatcher`
     max_tokens_per_rank  for "static", the most tokens a rank may bring to one call
     exact                for "static": the result of each slot travels back, so that the layer equals the one on a
@@ -124,7 +125,15 @@ class ParallelConfig:
                     hint="Use a smaller group, or shard='experts'.",
                 )
             return
-        self.experts_of(num_experts).check(num_experts, self.size)
+        placement = self.experts_of(num_experts)
+        placement.check(num_experts, self.size)
+        if self.mode == "tp" and placement.replicas:
+            raise MoEParallelError.of(
+                "ParallelConfig",
+                expected="each expert on one rank for the mode 'tp'",
+                got=f"copies of the experts {list(placement.replicas)[:8]}",
+                hint="All ranks add up what their experts give: a copy would count twice. Use the mode 'ep'.",
+            )
         most = self.max_tokens_per_rank
         if self.mode == "ep" and self.dispatcher == "static" and (most is None or most < 1):
             raise MoEParallelError.of(

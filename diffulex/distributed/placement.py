@@ -19,7 +19,7 @@ def even_shares(total: int, parts: int) -> tuple[tuple[int, int], ...]:
 class ExpertPlacement:
     """The experts of each rank of a group, `owned[rank]`, in the order of the rows of its weights.
 
-    One with replicas, experts on several ranks, is for planning alone (`plan_placement`): layers refuse it in `check`.
+    With replicas, experts on several ranks, a slot goes to one of these: see `ranks_of`. `plan_placement` makes them.
     """
 
     owned: tuple[tuple[int, ...], ...]
@@ -39,7 +39,7 @@ class ExpertPlacement:
         return {expert: tuple(where) for expert, where in sorted(ranks.items()) if len(where) > 1}
 
     def check(self, num_experts: int, num_ranks: int) -> None:
-        """Raise `MoEParallelError` unless every expert has one rank, and every rank at least one expert."""
+        """Raise `MoEParallelError` unless every expert has a rank, none twice the same, and every rank an expert."""
         where = "ExpertPlacement"
         if len(self.owned) != num_ranks or not all(self.owned):
             raise MoEParallelError.of(
@@ -48,28 +48,35 @@ class ExpertPlacement:
                 got=f"{[len(experts) for experts in self.owned]} experts",
                 hint="Use a smaller group, or name the experts of each rank in order.",
             )
-        if sorted(expert for experts in self.owned for expert in experts) != list(range(num_experts)):
+        twice = any(len({*experts}) < len(experts) for experts in self.owned)
+        if twice or {expert for experts in self.owned for expert in experts} != {*range(num_experts)}:
             raise MoEParallelError.of(
                 where,
-                expected=f"each expert of {num_experts} on one rank",
+                expected=f"each expert of {num_experts} on a rank, and on none twice",
                 got=str(self.owned)[:120],
-                hint="Replicas of an expert are not supported.",
+                hint="Copies of an expert go to ranks of their own.",
             )
 
-    def rank_of(self, num_experts: int) -> list[int]:
-        """The rank of each expert, and -1 behind them for what is none; raises as `check`."""
-        self.check(num_experts, len(self.owned))
-        ranks = [-1] * (num_experts + 1)
-        for rank, experts in enumerate(self.owned):
-            for expert in experts:
-                ranks[expert] = rank
-        return ranks
+    def ranks_of(self, num_experts: int, rank: int) -> list[tuple[int, ...]]:
+        """The ranks that slots from `rank` may go to, for each expert: that rank itself where it holds the expert, else
+        all that do; (-1,) behind them for what is no expert. Raises as `check`.
 
-    def row_of(self, num_experts: int) -> list[int]:
-        """The row of each expert in the weights of its rank, and -1 behind them for what is none; raises as `check`."""
+        Where ranks have as many tokens, each copy of an expert gets as much: 1 + (R - c) / c of R ranks' for c copies.
+        """
         self.check(num_experts, len(self.owned))
-        rows = [-1] * (num_experts + 1)
-        for experts in self.owned:
+        holders = [
+            tuple(r for r, experts in enumerate(self.owned) if expert in experts) for expert in range(num_experts)
+        ]
+        return [*((rank,) if rank in ranks else ranks for ranks in holders), (-1,)]
+
+    def rows_of(self, num_experts: int) -> list[list[int]]:
+        """The row of each expert in the weights of each rank; -1 where it has none, and behind them for what is none.
+
+        Raises as `check`.
+        """
+        self.check(num_experts, len(self.owned))
+        tables = [[-1] * (num_experts + 1) for _ in self.owned]
+        for table, experts in zip(tables, self.owned, strict=True):
             for row, expert in enumerate(experts):
-                rows[expert] = row
-        return rows
+                table[expert] = row
+        return tables

@@ -20,6 +20,7 @@ BASES = {
     "MoECheckpointError": (ValueError, "MOE008"),
     "MoEParallelError": (ValueError, "MOE009"),
     "MoEStageError": (RuntimeError, "MOE010"),
+    "MoERankError": (RuntimeError, "MOE011"),
 }
 CATALOGUE = {
     name: kind

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
+import signal
+import time
 from typing import Any
 from unittest import mock
 
@@ -15,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from diffulex.distributed import ExpertLoad, ParallelConfig
 from diffulex.moe import EPFusedMoE, MoESpec, NaiveFusedMoE, TPFusedMoE
 from diffulex.moe.dispatcher import static_dispatcher
+from lowering.state import batch_invariant
 from tests.support.moe_layers import make_layer
 from tests.support.shared_memory import workspace_of_processes
 
@@ -116,15 +120,18 @@ def run_experts(rank: int, case: Case, size: int, replicas: int = 1) -> dict[str
     return expert_results(layer, *parts)
 
 
-def run_in_parts(rank: int, case: Case, size: int, compiled: bool = False) -> list[Tensor]:
-    """Outputs of two calls of the routed experts on this rank, without gradients; the second compiled where asked."""
+def run_twice(rank: int, case: Case, size: int, compiled: bool = False, invariant: bool = False) -> list[Tensor]:
+    """Outputs of two calls of the routed experts on this rank, without gradients; the second compiled where asked.
+
+    invariant: a row's result does not depend on the other rows.
+    """
     layer = make_sharded(case, size)
     parts = [case.part(tensor, rank % size) for tensor in case.all_inputs()]
     run = layer.run_experts
     if compiled:
         torch._dynamo.reset()
         run = torch.compile(run, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
+    with torch.no_grad(), batch_invariant() if invariant else contextlib.nullcontext():
         return [layer.run_experts(*parts), run(*parts)]
 
 
@@ -227,6 +234,24 @@ def make_mismatched(rank: int, cases: tuple[Case, ...]) -> str:
             raise
         return f"{type(error).__name__} {error}"
     return "no error"
+
+
+def lose_a_rank(rank: int, case: Case, size: int, *, how: str, lost: int) -> tuple[str, str, float]:
+    """The type and text of the error of a second call, which one rank does not come to, and the seconds until it."""
+    parallel = ParallelConfig(init_device_mesh("cpu", (size,)), **dict(case.options))
+    layer = (EPFusedMoE if case.mode == "ep" else TPFusedMoE)(case.spec, parallel=parallel, dtype=case.dtype)
+    hidden_TH = case.part(case.all_inputs()[0], rank)
+    layer(hidden_TH)
+    if rank == lost:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+    began = time.monotonic()
+    try:
+        layer(hidden_TH)
+    except RuntimeError as error:
+        return type(error).__name__, str(error), time.monotonic() - began
+    return "", "no error", time.monotonic() - began
 
 
 def make_on_devices(rank: int, case: Case, devices: tuple[str, ...]) -> str:

@@ -21,7 +21,7 @@ class RankError(AssertionError):
     """A case failed on a rank; the message holds the traceback of each that did."""
 
 
-def _serve(pipe: Connection, rank: int, size: int, store: str, backend: str) -> None:
+def _serve(pipe: Connection, rank: int, size: int, store: str, backend: str, timeout: float) -> None:
     import torch
     import torch._inductor.config
     from torch import distributed
@@ -31,7 +31,7 @@ def _serve(pipe: Connection, rank: int, size: int, store: str, backend: str) -> 
     if backend == "nccl":
         torch.cuda.set_device(rank)
     distributed.init_process_group(
-        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE // 2)
+        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
     )
     while (task := pipe.recv()) is not None:
         function, args = task
@@ -45,14 +45,16 @@ def _serve(pipe: Connection, rank: int, size: int, store: str, backend: str) -> 
 class Ranks:
     """A group of processes that runs functions of importable modules."""
 
-    def __init__(self, size: int, store: Path, backend: str = "gloo") -> None:
+    def __init__(self, size: int, store: Path, backend: str = "gloo", timeout: float = PATIENCE / 2) -> None:
         self.size = size
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size, str(store), backend), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, rank, size, str(store), backend, timeout), daemon=True
+            )
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -72,6 +74,16 @@ class Ranks:
             raise RankError("\n".join(failed))
         return [result for _, result in told]
 
+    def run_without(self, lost: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """function(rank, *args) on every rank, of which one gives no answer; those of the others. All end with it."""
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        told = [pipe.recv() for rank, pipe in enumerate(self.pipes) if rank != lost and pipe.poll(PATIENCE)]
+        for process in self.processes:
+            process.kill()
+        assert all(good for good, _ in told), told
+        return [result for _, result in told]
+
     def stop(self) -> None:
         """End the processes."""
         for pipe in self.pipes:
@@ -84,10 +96,10 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def running(size: int, backend: str = "gloo") -> Iterator[Ranks]:
+def running(size: int, backend: str = "gloo", *, timeout: float = PATIENCE / 2) -> Iterator[Ranks]:
     """`size` processes for the time of the block, with "nccl" each on a GPU of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks = Ranks(size, Path(folder) / "store", backend)
+        ranks = Ranks(size, Path(folder) / "store", backend, timeout)
         try:
             yield ranks
         finally:

@@ -73,8 +73,12 @@ class TokenDispatcher(ABC, Generic[M]):
         self.group, self.size, self.rank = parallel.group.group_name, parallel.size, parallel.rank
         self.num_experts, self.num_local_experts = plan.num_experts, len(placement.owned[self.rank])
         device = parallel.mesh.device_type  # said here: the layer may be made on the meta device
-        self.rank_of_expert = torch.tensor(placement.rank_of(self.num_experts), dtype=torch.int32, device=device)
-        self.row_of_expert = torch.tensor(placement.row_of(self.num_experts), dtype=torch.int32, device=device)
+        ranks, rows = placement.ranks_of(self.num_experts, self.rank), placement.rows_of(self.num_experts)
+        self.most_rows, most = max(map(len, placement.owned)), max(map(len, ranks))
+        self.num_copies = torch.tensor([len(of_expert) for of_expert in ranks], device=device)
+        padded = [[*of_expert, *of_expert[:1] * (most - len(of_expert))] for of_expert in ranks]
+        self.ranks_of_expert = torch.tensor(padded, dtype=torch.int32, device=device)
+        self.rows_of_expert = torch.tensor(rows, dtype=torch.int32, device=device)
         # Two attributes instead of one stage: what a call reads is the same before every call, so compiled code stays.
         self._pending: M | None = None
         self._combined = False
@@ -142,6 +146,19 @@ class TokenDispatcher(ABC, Generic[M]):
         outside_TK = (ids_TK < 0) | (ids_TK >= self.num_experts)
         return torch.where(outside_TK, self.num_experts, ids_TK).long()
 
+    def _chosen(self, known_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """The rank of each slot of this rank's tokens, and the row of its expert there: [T, K] int32, -1 for none.
+
+        known [T, K] int64 of `_known`. A token's number among the tokens says which copy of an expert it goes to, where
+        this rank has none.
+        """
+        if self.ranks_of_expert.shape[1] == 1:
+            ranks_TK = self.ranks_of_expert[:, 0][known_TK]
+        else:
+            token_T1 = torch.arange(known_TK.shape[0], device=known_TK.device).unsqueeze(1)
+            ranks_TK = self.ranks_of_expert[known_TK, token_T1 % self.num_copies[known_TK]]
+        return ranks_TK, self.rows_of_expert[ranks_TK.long(), known_TK]  # none: the last rank, which has no such row
+
     def _check(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> None:
         where, tokens, top_k = type(self).__name__, hidden_TH.shape[0], self.plan.top_k
         check_shape(where, "hidden", hidden_TH, (None, None))
@@ -162,7 +179,7 @@ class TokenDispatcher(ABC, Generic[M]):
             )
 
     def _check_device(self, where: str, name: str, tensor: Tensor) -> None:
-        check_device(where, ("the mesh", self.rank_of_expert), (name, tensor))
+        check_device(where, ("the mesh", self.ranks_of_expert), (name, tensor))
 
     def _out_of_order(self, call: str, wanted: str) -> BaseException:
         return MoEStageError.of(

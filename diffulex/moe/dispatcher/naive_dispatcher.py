@@ -61,7 +61,8 @@ class NaiveA2ADispatcher(TokenDispatcher[NaiveDispatchMetadata]):
         self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> DispatcherOutput[NaiveDispatchMetadata]:
         known_TK = self._known(ids_TK)
-        order_N, _, offsets_R1 = ops.moe_dispatch(self.rank_of_expert[known_TK], self.size)
+        ranks_TK, rows_TK = self._chosen(known_TK)
+        order_N, _, offsets_R1 = ops.moe_dispatch(ranks_TK, self.size)
         counts_R = (offsets_R1[1:] - offsets_R1[:-1]).long()
         ones = [1] * self.size
         both_2R = torch.stack((counts_R, exchange(counts_R, ones, send=ones, group=self.group)))
@@ -72,7 +73,7 @@ class NaiveA2ADispatcher(TokenDispatcher[NaiveDispatchMetadata]):
         recv_RH = all_to_all(rows_SH, recv, send=send, group=self.group)
         details_S3 = torch.stack(
             (
-                self.row_of_expert[known_TK].view(-1)[slots_S.long()],
+                rows_TK.view(-1)[slots_S.long()],
                 slots_S // top_k,
                 weights_TK.detach().float().reshape(-1)[slots_S.long()].view(torch.int32),
             ),

@@ -112,13 +112,12 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
     def _dispatch(
         self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> DispatcherOutput[StaticDispatchMetadata]:
-        known_TK = self._known(ids_TK)
-        slot_ranks_TK = self.rank_of_expert[known_TK]
+        slot_ranks_TK, slot_rows_TK = self._chosen(self._known(ids_TK))
         row_bytes = hidden_TH.shape[1] * hidden_TH.element_size()
         recv_RH, weights_RK, places_RK = tokens_to_ranks(
             hidden_TH,
             weights_TK.detach() if self.exact else weights_TK,  # applied where they are; what travels is for the record
-            self._places(known_TK),
+            self._places(slot_ranks_TK, slot_rows_TK),
             capacity=self.capacity,
             route=self._route("dispatch", bytes_to_ranks(self.capacity, row_bytes, top_k=self.plan.top_k)),
         )
@@ -126,14 +125,15 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
         metadata = StaticDispatchMetadata(hidden_TH.shape[0], slot_ranks_TK, weights_TK, weights_RK, rows_RK)
         return DispatcherOutput(metadata, recv_RH, rows_RK, weights_RK)
 
-    def _places(self, known_TK: Tensor) -> Tensor:
-        """What travels of ids: 0 is no expert, as the places without a token are zeros."""
-        return torch.where(known_TK < self.num_experts, known_TK + 1, 0)
+    def _places(self, ranks_TK: Tensor, rows_TK: Tensor) -> Tensor:
+        """What travels of a choice: the number of a row among those of all ranks, and one more, for zeros are none."""
+        return torch.where(rows_TK >= 0, ranks_TK * self.most_rows + rows_TK + 1, 0)
 
     def _rows(self, places_RK: Tensor) -> Tensor:
-        """Rows of this rank's weights, -1 for none; one less than a place is an index, from the end where it is -1."""
-        known_RK = places_RK.long() - 1
-        return torch.where(self.rank_of_expert[known_RK] == self.rank, self.row_of_expert[known_RK], -1)
+        """Rows of this rank's weights [R, K] int32, -1 for none."""
+        first = self.rank * self.most_rows + 1
+        inside_RK = (places_RK >= first) & (places_RK < first + self.most_rows)
+        return torch.where(inside_RK, places_RK - first, -1).int()
 
     def run_in_parts(
         self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, first: Callable[[Tensor, Tensor], Begun]
@@ -147,7 +147,7 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
         if self._pending is not None:
             raise self._out_of_order("run_in_parts", "`combine` of the tokens dispatched before")
         self._check(hidden_TH, ids_TK, weights_TK)
-        exchange = self._parts(hidden_TH, packed(self._places(self._known(ids_TK)), weights_TK))
+        exchange = self._parts(hidden_TH, packed(self._places(*self._chosen(self._known(ids_TK))), weights_TK))
         places_TK, _ = unpacked(exchange.own_TD, weights_TK.dtype)
         rows_TK = self._rows(places_TK)
         own = first(hidden_TH, rows_TK)

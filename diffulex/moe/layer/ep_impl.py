@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lowering.errors import MoEUnsupportedError
 from lowering.reference.moe_block import ExpertWeights
 
 from ...distributed.parallel import ParallelConfig
@@ -34,6 +35,7 @@ class EPFusedMoE(ShardedFusedMoE):
     mode = "ep"
 
     def _prepare(self, parallel: ParallelConfig) -> None:
+        self._copies = tuple(parallel.experts_of(self.num_experts).replicas)
         self.dispatcher: Any = build_token_dispatcher(
             parallel.dispatcher, _plan(self.spec, parallel, dtype=self.w13.dtype)
         )
@@ -46,7 +48,17 @@ class EPFusedMoE(ShardedFusedMoE):
             check_deepep(_plan(spec, parallel))
 
     def run_experts(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
-        """Weighted sum of the routed experts: [T, H] floating, for hidden [T, H], weights [T, K] and ids [T, K] int."""
+        """Weighted sum of the routed experts: [T, H] floating, for hidden [T, H], weights [T, K] and ids [T, K] int.
+
+        Raises `MoEUnsupportedError` where experts that have copies are to be trained.
+        """
+        if self._copies and torch.is_grad_enabled() and self.w13.requires_grad:
+            raise MoEUnsupportedError.of(
+                type(self).__name__,
+                expected="no gradients of experts that are on several ranks",
+                got=f"copies of the experts {list(self._copies)[:8]}",
+                hint="Call it under torch.no_grad(), or train with a placement without replicas.",
+            )
         return self._run_placed(hidden_TH.to(self.w13.dtype), weights_TK, ids_TK)
 
     def _run_weighted(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:

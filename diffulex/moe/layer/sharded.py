@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -14,6 +15,7 @@ from lowering.errors import MoECheckpointError, MoEErrorMixin, MoEOptionError
 from lowering.reference.moe_block import ExpertWeights
 
 from ...distributed.agreement import check_agreement, flat_fields
+from ...distributed.faults import naming_lost_ranks
 from ...distributed.parallel import ParallelConfig
 from .base import FusedMoE
 from .experts import slots_function, weighted_on_input
@@ -28,6 +30,8 @@ class ShardedFusedMoE(FusedMoE):
     Making it compares the ranks' specs and options (`MoEParallelError` names what differs, and the ranks), and gives
     every rank the first one's replicated parameters. Each rank draws its own experts: seed the ranks differently, or
     load a checkpoint. Gradients of replicated parameters are those of the rank's tokens.
+
+    With replicas in `parallel.placement` a layer is for inference: the gradients of copies would have to be added up.
 
     owned_experts  the experts that w13 [E', J', H], w2 [E', H, I'], b13 and b2 have rows for, in order
     """
@@ -70,6 +74,16 @@ class ShardedFusedMoE(FusedMoE):
         self._replicate()
         self._prepare(parallel)
 
+    def forward(self, hidden_states: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+        """As `FusedMoE.forward` for hidden_states [..., H] floating, by all ranks.
+
+        Outside of compiled code, raises `MoERankError` where a rank does not come: see `naming_lost_ranks`.
+        """
+        if torch.compiler.is_compiling():
+            return super().forward(hidden_states, **given)
+        with naming_lost_ranks(self.parallel.group, where=type(self).__name__):
+            return super().forward(hidden_states, **given)
+
     def _prepare(self, parallel: ParallelConfig) -> None:
         """Make what `run_experts` needs beside the weights."""
 
@@ -110,12 +124,18 @@ class ShardedFusedMoE(FusedMoE):
 
     @torch.no_grad()
     def _replicate(self) -> None:
-        """The first rank's values of everything but the experts, on all ranks."""
+        """The first rank's values of everything but the experts, on all ranks; the first copy's, of each expert."""
         group = self.parallel.group
         source = distributed.get_global_rank(group, 0)
         for name, tensor in self.state_dict(keep_vars=True).items():
             if name not in EXPERT_PARAMS and not tensor.is_meta:
                 distributed.broadcast(tensor.detach(), src=source, group=group)
+        for expert, ranks in () if self._split else self.parallel.experts_of(self.num_experts).replicas.items():
+            for tensor in (self.w13, self.w2, self.b13, self.b2):
+                if tensor is not None and not tensor.is_meta:
+                    held = self.parallel.rank in ranks
+                    row = tensor[self.owned_experts.index(expert)] if held else torch.empty_like(tensor[0])
+                    distributed.broadcast(row.detach(), src=distributed.get_global_rank(group, ranks[0]), group=group)
 
     @torch.no_grad()
     def load_full(self, state: Mapping[str, Tensor]) -> None:

@@ -29,7 +29,7 @@ class Dispatcher(StaticDispatcher):
     def __init__(self, chunks, tables):
         self._pending, self.chunks, self.capacity = None, chunks, T
         self.rank, self.size, self.num_experts, self.num_local_experts = 0, RANKS, RANKS * EXPERTS, EXPERTS
-        self.rank_of_expert, self.row_of_expert = tables
+        self.most_rows, (self.ranks_of_expert, self.rows_of_expert) = EXPERTS, tables
 
     def _check(self, *tensors):
         """Everything fits."""
@@ -47,7 +47,8 @@ def code_of(chunks):
 
     half = {"dtype": torch.bfloat16}
     weights = [torch.empty(EXPERTS, 2 * WIDTH, H, **half), torch.empty(EXPERTS, H, WIDTH, **half)]
-    tables = [torch.zeros(RANKS * EXPERTS + 1, dtype=torch.int32) for _ in range(2)]
+    sizes = (RANKS * EXPERTS + 1, 1), (RANKS, RANKS * EXPERTS + 1)
+    tables = [torch.zeros(size, dtype=torch.int32) for size in sizes]
     register_lowerings()
     with torch.no_grad():
         tokens = [torch.empty(T, H, **half), torch.zeros(T, K, dtype=torch.int64), torch.zeros(T, K)]

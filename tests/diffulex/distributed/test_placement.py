@@ -1,19 +1,49 @@
-"""Placements with replicas: for planning alone."""
+"""Placements: tables of ranks and rows, with replicas and without."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diffulex.distributed import ExpertPlacement
 from lowering.errors import MoEParallelError
 from tests.support.catalogue import raises_catalogue
 
+REPLICATED = ExpertPlacement(((3, 0), (2, 0, 1), (1, 0)))
 
-def test_replicas_are_named_and_refused_where_an_expert_has_one_rank():
-    placement = ExpertPlacement(((3, 0), (2, 0, 1), (1, 0)))
-    assert placement.replicas == {0: (0, 1, 2), 1: (1, 2)}
-    for asked in (placement.rank_of, placement.row_of, lambda count: placement.check(count, 3)):
-        with raises_catalogue(MoEParallelError, expected="each expert of 4 on one rank"):
-            asked(4)
+
+def test_a_slot_goes_to_its_own_rank_if_that_has_a_copy():
+    assert REPLICATED.replicas == {0: (0, 1, 2), 1: (1, 2)}
+    assert REPLICATED.ranks_of(4, 0) == [(0,), (1, 2), (1,), (0,), (-1,)]
+    assert REPLICATED.ranks_of(4, 2) == [(2,), (2,), (1,), (0,), (-1,)]
+    assert REPLICATED.rows_of(4) == [[1, -1, -1, 0, -1], [1, 2, 0, -1, -1], [1, 0, -1, -1, -1]]
 
 
 def test_tables_of_a_placement_without_replicas():
     placement = ExpertPlacement(((3, 0), (2,), (1,)))
     assert placement.replicas == {}
-    assert placement.rank_of(4) == [0, 2, 1, 0, -1] and placement.row_of(4) == [1, 0, 0, 0, -1]
+    assert placement.ranks_of(4, 1) == [(0,), (2,), (1,), (0,), (-1,)]
+
+
+@pytest.mark.parametrize("owned", [((0, 1), (1, 1)), ((0,), (2,)), ((0, 1), (2, 5))])
+def test_what_is_no_placement(owned):
+    placement = ExpertPlacement(owned)
+    for asked in (lambda: placement.ranks_of(3, 0), lambda: placement.rows_of(3), lambda: placement.check(3, 2)):
+        with raises_catalogue(MoEParallelError, expected="each expert of 3 on a rank, and on none twice"):
+            asked()
+
+
+@given(st.lists(st.sets(st.integers(0, 6), min_size=1).map(tuple), min_size=1, max_size=4))
+def test_slots_find_a_row_where_they_go(owned):
+    """And copies get as many slots, where every rank sends as many."""
+    placement = ExpertPlacement((*owned, tuple(range(7))))
+    size, rows = len(placement.owned), placement.rows_of(7)
+    for expert in range(7):
+        shares = [0.0] * size
+        for rank in range(size):
+            ranks = placement.ranks_of(7, rank)[expert]
+            assert ranks == (rank,) or rank not in ranks
+            for other in ranks:
+                assert placement.owned[other][rows[other][expert]] == expert
+                shares[other] += 1 / len(ranks)
+        holders = [share for share, experts in zip(shares, placement.owned, strict=True) if expert in experts]
+        assert holders == pytest.approx([size / len(holders)] * len(holders))

@@ -11,6 +11,7 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 from diffulex.distributed import ExpertPlacement, ParallelConfig
+from diffulex.distributed.parts import PartsOfCollectives
 from diffulex.moe import (
     EPFusedMoE,
     ExchangePlan,
@@ -168,6 +169,20 @@ def test_parts_are_refused_like_a_dispatch(mesh):
         dispatcher.run_in_parts(hidden, ids, weights, first=first)
 
 
+def test_the_own_sum_is_not_rounded(mesh, monkeypatch):
+    """Only what travels is; the own one is added as it is."""
+    options = {"dispatcher": "static", "max_tokens_per_rank": CAPACITY, "exact": False, "chunks": 2}
+    dispatcher, found = build_token_dispatcher("static", plan_of(mesh, **options)), []
+    collect = PartsOfCollectives.collect
+    watched = lambda self, own_TH, *, after: found.append(own_TH) or collect(self, own_TH, after=after)  # noqa: E731
+    monkeypatch.setattr(PartsOfCollectives, "collect", watched)
+    hidden, ids, weights = tokens()
+    first = lambda rows, ids: WholeSlots(rows.repeat_interleave(ids.shape[1], dim=0))  # noqa: E731
+    out = dispatcher.run_in_parts(hidden.bfloat16(), ids.clamp(0, 3), weights, first=first)
+    assert out.dtype == torch.bfloat16 and found[0].dtype == torch.float32
+    assert not torch.equal(found[0], out.float()) and torch.equal(found[0].bfloat16(), out)
+
+
 def test_records_describe_the_exchange(mesh, monkeypatch):
     from diffulex.moe import metadata
 
@@ -287,7 +302,7 @@ def test_layers_are_built_from_a_parallel_config(mesh):
     assert isinstance(build_mlp_or_moe(CONFIG, 1, torch.nn.Identity, parallel=ep), torch.nn.Identity)
     layer = build_moe_block("ep", CONFIG, 0, parallel=ep, device="meta", dtype=torch.bfloat16)
     assert layer.w13.is_meta and layer.w13.dtype == torch.bfloat16 and layer.owned_experts == (0, 1, 2, 3)
-    assert not layer.dispatcher.rank_of_expert.is_meta
+    assert not layer.dispatcher.ranks_of_expert.is_meta
     with pytest.raises(MoEOptionError, match="a ParallelConfig for 'tp' and 'ep'"):
         build_moe_block("ep", CONFIG, 0)
     with pytest.raises(MoEOptionError, match="none for 'naive'"):

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from diffulex.distributed import ExpertPlacement, plan_placement
 from diffulex.moe import MoESpec
 from lowering.spec import RoutingSpec
+from lowering.state import batch_invariant
 from tests.support import rank_cases
 from tests.support.moe_layers import SPECS, swiglu_experts, widened
 from tests.support.oracle import assert_near_exact, assert_oracle_ratio
@@ -137,8 +138,8 @@ def test_shared_memory_equals_collectives_bitwise(ranks, case):
 def test_parts_equal_one_rank(ranks, case, chunks):
     """Through shared memory and collectives the same bits; twice, as the second call finds the memory used."""
     case = dataclasses.replace(case, options=(*case.options, ("chunks", chunks)))
-    apart = ranks.run(rank_cases.run_in_parts, case, RANKS)
-    found = ranks.run(rank_cases.run_in_parts, dataclasses.replace(case, memory=True), RANKS)
+    apart = ranks.run(rank_cases.run_twice, case, RANKS)
+    found = ranks.run(rank_cases.run_twice, dataclasses.replace(case, memory=True), RANKS)
     for mine, theirs in zip(found, apart, strict=True):
         assert all(torch.equal(one, theirs[0]) for one in (*mine, theirs[1]))
     assert_near_exact(torch.cat([part[0] for part in found]), single_rank(case)["out"])
@@ -149,8 +150,8 @@ def test_rounding_of_parts_is_that_of_one_rank(ranks, dtype):
     case = Case(
         widened(SPECS["gpt_oss"], hidden=64, width=48), (9, 5, 0, 9), dtype, (*EXCHANGES["sums"], ("chunks", 2))
     )
-    apart = ranks.run(rank_cases.run_in_parts, case, RANKS)
-    found = ranks.run(rank_cases.run_in_parts, dataclasses.replace(case, memory=True), RANKS)
+    apart = ranks.run(rank_cases.run_twice, case, RANKS)
+    found = ranks.run(rank_cases.run_twice, dataclasses.replace(case, memory=True), RANKS)
     assert all(torch.equal(mine[1], theirs[0]) for mine, theirs in zip(found, apart, strict=True))
     # One rank, too, errs more in bf16 where its GEMMs have fewer rows, on some CPUs; so it gets the parts as well.
     layer, inputs, eager = case.whole_layer(), case.all_inputs(), torch.zeros(sum(case.tokens), 64, dtype=dtype)
@@ -167,7 +168,7 @@ def test_rounding_of_parts_is_that_of_one_rank(ranks, dtype):
 @pytest.mark.parametrize("memory", [False, True])
 def test_parts_compile_into_one_graph(pair, memory):
     case = Case(SPECS["qwen3"], (9, 4), torch.float64, (*EXCHANGES["sums"], ("chunks", 3)), memory=memory)
-    parts, wanted = pair.run(rank_cases.run_in_parts, case, 2, True), single_rank(case)
+    parts, wanted = pair.run(rank_cases.run_twice, case, 2, True), single_rank(case)
     for number in range(2):
         assert_near_exact(torch.cat([part[number] for part in parts]), wanted["out"])
 
@@ -283,11 +284,66 @@ def test_a_planned_placement_equals_one_rank_bitwise(pair, how):
     assert_bitwise(found, wanted, wanted.keys() - ({"hidden"} if how == "static" else set()))
 
 
-def test_a_plan_with_replicas_is_refused_by_layers(pair):
-    placement = plan_placement([9, 1, 1, 1, 1, 1, 1], 2, replicas=1).placement
+@st.composite
+def replicated(draw, options):
+    """Layers whose experts have copies here and there, in any order."""
+    case = draw(cases(options))
+    num_experts = case.spec.experts.num_experts
+    owned = []
+    for experts in draw(placements(num_experts, RANKS)).owned:
+        more = draw(st.sets(st.sampled_from(range(num_experts)), max_size=3)) - {*experts}
+        owned.append(tuple(draw(st.permutations([*experts, *more]))))
+    kept = tuple((name, value) for name, value in case.options if name != "placement")
+    return dataclasses.replace(case, options=(*kept, ("placement", ExpertPlacement(tuple(owned)))))
+
+
+PARTS = (*EXCHANGES["sums"], ("chunks", 2))
+
+
+@given(st.sampled_from([EXCHANGES["naive"], EXCHANGES["static"]]).flatmap(replicated), st.booleans())
+def test_copies_of_experts_equal_one_rank_bitwise(ranks, case, memory):
+    """Where a row's result does not depend on the other rows: those of an expert are on several ranks now."""
+    case = dataclasses.replace(case, memory=memory and ("dispatcher", "static") in case.options)
+    parts = ranks.run(rank_cases.run_twice, case, RANKS, False, True)
+    torch.set_num_threads(1)
+    with torch.no_grad(), batch_invariant():
+        wanted = case.whole_layer().run_experts(*case.all_inputs())
+    for number in range(2):
+        assert torch.equal(torch.cat([part[number] for part in parts]), wanted)
+
+
+@given(st.sampled_from([EXCHANGES["sums"], PARTS]).flatmap(replicated))
+def test_sums_of_copies_equal_one_rank(ranks, case):
+    case = dataclasses.replace(case, dtype=torch.float64, memory=True)
+    parts, wanted = ranks.run(rank_cases.run_twice, case, RANKS), single_rank(case)["out"]
+    assert_near_exact(torch.cat([part[0] for part in parts]), wanted)
+
+
+def test_a_plan_with_replicas_is_run(pair):
+    """Half of what the first rank would have to do goes to the copy of its busiest expert."""
+    plan = plan_placement([9, 1, 1, 1, 1, 1, 1], 2, replicas=1)
+    assert plan.placement.replicas == {0: (0, 1)}
+    case = dataclasses.replace(PLANNED, dtype=torch.float64, options=(("placement", plan.placement),))
+    parts, wanted = pair.run(rank_cases.run_twice, case, 2), single_rank(case)["out"]
+    assert_near_exact(torch.cat([part[0] for part in parts]), wanted)
+    with pytest.raises(RankError, match=r"MoEUnsupportedError: .*no gradients of experts that are on several ranks"):
+        pair.run(rank_cases.run_experts, case, 2)
+    for message in pair.run(
+        rank_cases.make_mismatched, (dataclasses.replace(case, options=(("mode", "tp"), *case.options)),) * 2
+    ):
+        assert message.startswith("MoEParallelError") and "each expert on one rank for the mode 'tp'" in message
+
+
+def test_copies_of_new_experts_are_alike(ranks):
+    """Each rank draws its own, and the first copy's are taken, on whichever rank that is."""
+    placement = ExpertPlacement(((0, 1), (2, 3, 4), (5, 6), (3, 0)))
     case = dataclasses.replace(PLANNED, options=(("placement", placement),))
-    for message in pair.run(rank_cases.make_mismatched, (case, case)):
-        assert message.startswith("MoEParallelError") and "Replicas of an expert are not supported." in message
+    made = ranks.run(rank_cases.make_fresh, case, RANKS)
+    for name in ("w13", "w2"):
+        first, second, _, last = (state[name] for state in made)
+        assert torch.equal(last[0], second[1]) and torch.equal(last[1], first[0])
+        for row in (*first, *second, *last):  # drawn, all of it, and not what memory held
+            assert 0.9 * 32**-0.5 < row.abs().max() <= 32**-0.5 and row.unique().numel() > 0.9 * row.numel()
 
 
 STEPS = ((0, 1), (1, 0), (5, 9), (9, 2), (3, 0))
@@ -327,7 +383,13 @@ def test_inductor_compiles_the_static_exchange(pair, options, memory):
 
 
 @pytest.mark.parametrize(
-    "options", [(), (("placement", ExpertPlacement(((5,), (7, 0), (1, 2, 6), (4, 3)))),), SPLITS["experts"]]
+    "options",
+    [
+        (),
+        (("placement", ExpertPlacement(((5,), (7, 0), (1, 2, 6), (4, 3)))),),
+        (("placement", ExpertPlacement(((5, 1), (7, 0), (1, 2, 6), (4, 3, 1)))),),
+        SPLITS["experts"],
+    ],
 )
 def test_each_rank_loads_its_experts_from_a_checkpoint(ranks, options, tmp_path):
     case = Case(SPECS["qwen3"], (), torch.float32, options)
@@ -418,7 +480,7 @@ def test_tokens_of_weighted_inputs_are_counted_as_tokens(pair):
             r"one expert for each of 4 ranks, got \[1, 1, 1, 0\]",
         ),
         (dataclasses.replace(BASE.spec, experts=swiglu_experts(8, width=3)), SPLITS["width"], "as wide as there are"),
-        (BASE.spec, (("placement", ExpertPlacement(((0,), (1,), (2,), (3,)))),), "each expert of 8 on one rank"),
+        (BASE.spec, (("placement", ExpertPlacement(((0,), (1,), (2,), (3,)))),), "each expert of 8 on a rank"),
         (BASE.spec, (*EXCHANGES["sums"], ("chunks", 17)), "1 to 16 chunks, got 17"),
     ],
 )

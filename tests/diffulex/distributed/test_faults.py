@@ -1,0 +1,96 @@
+"""A rank that is gone or stuck: the others raise an error that names it, in time."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffulex.distributed import faults, naming_lost_ranks
+from diffulex.moe import MoESpec
+from lowering.errors import MoERangeError, MoERankError
+from lowering.spec import RoutingSpec
+from tests.support import rank_cases
+from tests.support.catalogue import raises_catalogue
+from tests.support.moe_layers import swiglu_experts
+from tests.support.rank_cases import Case
+from tests.support.ranks import running
+
+TIMEOUT, SIZE = 2.0, 3
+SPEC = MoESpec(32, RoutingSpec(2), swiglu_experts(6, 32, 32))
+WAYS = {
+    "naive": (("dispatcher", "naive"),),
+    "static": (("dispatcher", "static"), ("max_tokens_per_rank", 4)),
+    "tp": (("mode", "tp"),),
+}
+
+
+@pytest.mark.parametrize(("way", "how", "lost"), [("naive", "stuck", 1), ("static", "killed", 0), ("tp", "killed", 2)])
+def test_a_lost_rank_is_named(way, how, lost):
+    case = Case(SPEC, (4,) * SIZE, options=WAYS[way])
+    with running(SIZE, timeout=TIMEOUT) as group:
+        told = group.run_without(lost, functools.partial(rank_cases.lose_a_rank, how=how, lost=lost), case, SIZE)
+    assert len(told) == SIZE - 1
+    for kind, text, seconds in told:
+        assert kind == "MoERankError" and f"nothing from rank {lost} (" in text, text
+        assert seconds < TIMEOUT + 5
+
+
+class Store:
+    """A store that other ranks have written to."""
+
+    def __init__(self, *ranks):
+        self.ranks, self.own = ranks, []
+
+    def set(self, key, value):
+        self.own.append(key)
+
+    def check(self, keys):
+        return all(int(key.rpartition("/")[2]) in self.ranks for key in keys)
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """Four ranks, of which this is the second, and exchanges without patience."""
+    monkeypatch.setattr(faults, "GRACE", 0.1)
+    monkeypatch.setattr(faults, "timeout_of", lambda group: faults.timedelta(0))
+    monkeypatch.setattr(faults.distributed, "get_process_group_ranks", lambda group: [4, 5, 6, 7])
+    return SimpleNamespace(group_name="four", size=lambda: 4, rank=lambda: 1)
+
+
+@pytest.mark.parametrize(("here", "got"), [((0, 2), "rank 7 ("), ((3,), "ranks 4, 6 ("), ((0, 2, 3), "some rank (")])
+def test_ranks_are_named_as_in_the_whole_job(group, monkeypatch, here, got):
+    store = Store(*here)
+    monkeypatch.setattr(faults, "_store_of", lambda group: store)
+    for _ in range(2):
+        with raises_catalogue(MoERankError, expected="the ranks 4, 5, 6, 7", got=f"nothing from {got}"):
+            with naming_lost_ranks(group):
+                raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+    first, second = store.own
+    assert first != second and first.endswith("/1")
+
+
+def test_a_store_that_is_gone_is_told(group, monkeypatch):
+    def gone(group):
+        raise RuntimeError("refused")
+
+    monkeypatch.setattr(faults, "_store_of", gone)
+    with raises_catalogue(MoERankError, got="nor can the store of the job be asked: refused"):
+        with naming_lost_ranks(group):
+            raise RuntimeError("Timed out waiting 2000ms for recv operation to complete")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), MoERangeError("connection"), ValueError("gloo")])
+def test_other_errors_are_left_as_they_are(group, error):
+    with pytest.raises(type(error)) as caught, naming_lost_ranks(group):
+        raise error
+    assert caught.value is error
+
+
+def test_the_timeout_is_that_of_the_group(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=faults.timedelta(seconds=7))
+    try:
+        assert faults.timeout_of(torch.distributed.group.WORLD).total_seconds() == 7
+    finally:
+        torch.distributed.destroy_process_group()
