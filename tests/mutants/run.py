@@ -1,0 +1,101 @@
+"""Each fault in a copy of the checkout, one after the other, and what its tests say."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests.house.source import read_checkout
+
+from .faults import Fault
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 300  # seconds for the tests of one fault; a run that does not end has seen it, too
+_PASSED, _FAILED = 0, 1  # of pytest; anything else means that the tests did not run
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the tests of a fault said: `killed_by` is the first that failed, empty where all passed."""
+
+    fault: Fault
+    killed_by: str
+    seconds: float
+
+    @property
+    def killed(self) -> bool:
+        return bool(self.killed_by)
+
+
+def problems(fault: Fault, root: Path = ROOT) -> list[str]:
+    """Why a fault does not apply to a checkout."""
+    path = root / fault.file
+    if not path.is_file():
+        return [f"{fault.name}: {fault.file} is not there"]
+    count = path.read_text().count(fault.old)
+    found = [] if count == 1 else [f"{fault.name}: the text stands {count} times in {fault.file}"]
+    found += [f"{fault.name}: {test} is not there" for test in fault.tests if not (root / test).is_file()]
+    return found + ([f"{fault.name}: changes nothing"] if fault.old == fault.new else [])
+
+
+class Copy:
+    """A copy of the checkout, in which one file at a time is changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for source in read_checkout(ROOT):
+            target = folder / source.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / source.path, target)
+
+    def judge(self, fault: Fault | None, tests: Iterable[str], *, only: str = "", limit: float = LIMIT) -> str:
+        """The first test that fails with the fault in place; empty where none does. Without a fault: as it stands."""
+        target = None if fault is None else self.folder / fault.file
+        text = "" if target is None else target.read_text()
+        if fault is not None and target is not None:
+            target.write_text(text.replace(fault.old, fault.new))
+        try:
+            return self._failing(tests, only, limit)
+        finally:
+            if target is not None:
+                target.write_text(text)
+
+    def _failing(self, tests: Iterable[str], only: str, limit: float) -> str:
+        report = self.folder / "report.xml"
+        report.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not gpu", "-p", "no:cacheprovider", "--tb=line"]
+        command += ["-p", "no:randomly", f"--junitxml={report}", *(["-k", only] if only else []), *tests]
+        # bytecode is told apart by seconds and sizes: a changed file may have those of the one before
+        environment = {**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            done = subprocess.run(
+                command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=limit, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return f"no end after {limit:.0f} s"
+        if done.returncode not in (_PASSED, _FAILED):
+            raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+        return first_failure(report)
+
+
+def first_failure(report: Path) -> str:
+    """The name of the first failed or broken test in a JUnit report."""
+    for case in ET.parse(report).iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            return f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+    return ""
+
+
+def run(faults: Iterable[Fault], folder: Path) -> Iterable[Verdict]:
+    """Verdicts, as they come."""
+    copy = Copy(folder)
+    for fault in faults:
+        start = time.perf_counter()
+        yield Verdict(fault, copy.judge(fault, fault.tests, only=fault.only), time.perf_counter() - start)
