@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from tests.house.source import read_checkout
 from .faults import Fault
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 300  # seconds for the tests of one fault; a run that does not end has seen it, too
+LIMIT = 150  # seconds for the tests of one fault; a run that does not end has seen it, too
 _PASSED, _FAILED = 0, 1  # of pytest; anything else means that the tests did not run
 
 
@@ -74,14 +75,17 @@ class Copy:
         command += ["-p", "no:randomly", f"--junitxml={report}", *(["-k", only] if only else []), *tests]
         # bytecode is told apart by seconds and sizes: a changed file may have those of the one before
         environment = {**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
-        try:
-            done = subprocess.run(
-                command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=limit, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return f"no end after {limit:.0f} s"
-        if done.returncode not in (_PASSED, _FAILED):
-            raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(
+            command, cwd=self.folder, env=environment, text=True, start_new_session=True, **pipes
+        ) as run:
+            try:
+                told, _ = run.communicate(timeout=limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(run.pid, signal.SIGKILL)  # ranks and interpreters, too
+                return f"no end after {limit:.0f} s"
+        if run.returncode not in (_PASSED, _FAILED):
+            raise RuntimeError(f"pytest ended with {run.returncode}:\n{told[-5000:]}")
         return first_failure(report)
 
 

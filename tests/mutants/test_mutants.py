@@ -56,6 +56,7 @@ def test_a_fault_is_made_in_a_copy_and_taken_back(tmp_path):
     fault = Fault("x", file, old, f"{old}    return ()\n", tests)
     assert copy.judge(fault, tests) == "test_seen::test_switches"
     assert copy.judge(None, tests) == ""
+    assert copy.judge(None, tests, limit=0.01) == "no end after 0 s"
     assert (tmp_path / file).read_text() == (ROOT / file).read_text() == text
 
 
