@@ -191,7 +191,7 @@ def test_recomputing_routes_alike(name, reentrant, device):
     assert torch.equal(first.ids, again.ids) and torch.equal(first.weights, again.weights)
 
 
-# --- what has no rows, and what has two uses ---------------------------------------------------------------------------
+# --- what has no rows, and what has two uses --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)

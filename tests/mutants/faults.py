@@ -140,7 +140,7 @@ FAULTS = (
         "        start = lo + (group * GROUP_M + inside % size) * BLOCK_M\n",
         "        start = lo + (group + inside % size) * BLOCK_M\n",
         GEMM,
-        "test_schedules or many_rows or descriptors_take",
+        "more_row_tiles",
     ),
     Fault(
         "a weight's gradient misses rows",

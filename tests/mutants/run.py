@@ -24,7 +24,7 @@ _PASSED, _FAILED = 0, 1  # of pytest; anything else means that the tests did not
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the tests of a fault said: `killed_by` is the first that failed, empty where all passed."""
+    """What the tests of a fault said: `killed_by` is the first that failed, by pytest's name, empty where all passed."""
 
     fault: Fault
     killed_by: str
@@ -90,16 +90,21 @@ class Copy:
 
 
 def first_failure(report: Path) -> str:
-    """The name of the first failed or broken test in a JUnit report."""
+    """The first failed or broken test in a JUnit report, as pytest names it."""
     for case in ET.parse(report).iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
-            return f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
+            return f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
     return ""
 
 
-def run(faults: Iterable[Fault], folder: Path) -> Iterable[Verdict]:
+def run(faults: Iterable[Fault], copy: Copy) -> Iterable[Verdict]:
     """Verdicts, as they come."""
-    copy = Copy(folder)
     for fault in faults:
         start = time.perf_counter()
         yield Verdict(fault, copy.judge(fault, fault.tests, only=fault.only), time.perf_counter() - start)
+
+
+def control(verdicts: Iterable[Verdict], copy: Copy) -> str:
+    """The first of the tests that have seen a fault which fails without one, too; empty where none does."""
+    seen = sorted({verdict.killed_by for verdict in verdicts if verdict.killed_by.startswith("tests/")})
+    return copy.judge(None, seen, limit=4 * LIMIT) if seen else ""

@@ -5,7 +5,7 @@ import collections
 import pytest
 
 from tests.mutants.faults import FAULTS, Fault
-from tests.mutants.run import ROOT, Copy, first_failure, problems
+from tests.mutants.run import ROOT, Copy, Verdict, control, first_failure, problems
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
@@ -54,8 +54,8 @@ def test_a_fault_is_made_in_a_copy_and_taken_back(tmp_path):
     assert text.count(old) == 1
     (tmp_path / tests[0]).write_text(SEEN)
     fault = Fault("x", file, old, f"{old}    return ()\n", tests)
-    assert copy.judge(fault, tests) == "test_seen::test_switches"
-    assert copy.judge(None, tests) == ""
+    assert copy.judge(fault, tests) == "tests/test_seen.py::test_switches"
+    assert control([Verdict(fault, "tests/test_seen.py::test_switches", 1.0), Verdict(fault, "", 1.0)], copy) == ""
     assert copy.judge(None, tests, limit=0.01) == "no end after 0 s"
     assert (tmp_path / file).read_text() == (ROOT / file).read_text() == text
 
@@ -65,4 +65,4 @@ def test_what_fails_first_is_named(tmp_path):
     report.write_text(
         '<t><testcase classname="a.b" name="c"/><testcase classname="a.b" name="d"><error/></testcase></t>'
     )
-    assert first_failure(report) == "b::d"
+    assert first_failure(report) == "a/b.py::d"
