@@ -24,7 +24,7 @@ _PASSED, _FAILED = 0, 1  # of pytest; anything else means that the tests did not
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the tests of a fault said: `killed_by` is the first that failed, by pytest's name, empty where all passed."""
+    """What the tests of a fault said: `killed_by` is the first that failed, by its name, empty where all passed."""
 
     fault: Fault
     killed_by: str
