@@ -1,7 +1,7 @@
 """On a real GPU: no wait for the device, no copy off it, CUDA graphs of every regime, memory as it is stated here.
 
 What the compiled expert stage of N = T * K rows needs beside its inputs, in inference, in 16 bits: the rows between its
-GEMMs, N * I, and those behind the second one, N * H, at once; then these and the sums, T * H. The order of the slots and
+GEMMs, N * I, and those behind the second one, N * H, at once; then these and the sums, T * H. The order of slots and
 their tokens, 2 * N numbers of 32 bits, and E + 1 offsets come on top.
 """
 

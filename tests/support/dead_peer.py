@@ -1,4 +1,4 @@
-"""Ranks of an expert-parallel layer, one of which ends or stands still in the middle; prints how the others fared, JSON.
+"""Ranks of an expert-parallel layer, one of which ends or stands still in the middle; prints how others fared, JSON.
 
 python -m tests.support.dead_peer naive|static|tp killed|frozen
 """

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from tests.support.edges import EDGES
 from tests.support.examples_plugin import EXAMPLES, by_property, count_of, examples_of
+from tests.support.inputs import FORMS
 from tests.support.properties import PROPERTIES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,3 +59,14 @@ def test_the_summary(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "examples of properties" in done.stdout and "100 in 1 tests" in done.stdout, done.stdout + done.stderr
     assert f'name="{EXAMPLES}" value="100"' in (tmp_path / "report.xml").read_text()
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_each_edge_has_its_test(name):
+    """A function that is there, with a parameter that one of its tables has."""
+    for test in EDGES[name]:
+        file, function = test.split("::")
+        function, _, parameter = function.partition("[")
+        source = (ROOT / file).read_text()
+        assert function in {getattr(node, "name", "") for node in ast.parse(source).body}, test
+        assert not parameter or parameter.removesuffix("-cpu]") in FORMS, test
