@@ -73,7 +73,7 @@ def losses(model, call, before=lambda ids: None):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_twenty_steps(family):
+def test_twenty_steps(family, record_property):
     eager = build_model(family, SIZES).train()
     exact, ours = fp64_copy(eager), copy.deepcopy(eager)
     routes, stock = Routes(), []
@@ -86,6 +86,8 @@ def test_twenty_steps(family):
         stock.extend(choices.found)
 
     found, wanted, oracle = losses(ours, compiled, choose), losses(eager, eager), losses(exact, exact)
+    errors = [(losses.double() - oracle).abs().mean().item() for losses in (found, wanted)]
+    record_property("error_of_losses_over_eagers", round(errors[0] / errors[1], 2))
     assert_oracle_ratio(found, wanted, oracle, what="losses")
     assert wanted[-5:].mean() < wanted[:5].mean(), "it learns"
     assert len(routes.found) == len(stock) == STEPS * SIZES.layers

@@ -42,24 +42,30 @@ def trained(layer, call, hidden_TH):
     return digest([loss, *(grad for grad in grads if grad is not None)])
 
 
+def assert_one_digest(layer, call, hidden_TH, record_property):
+    forwards = {forward(call, hidden_TH) for _ in range(FORWARDS)}
+    steps = {trained(layer, call, hidden_TH) for _ in range(TRAINED)}
+    record_property("digests_of_100_forwards", len(forwards))
+    record_property("digests_of_40_steps", len(steps))
+    assert len(forwards) == len(steps) == 1
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_eager(name, dtype, device):
+def test_eager(name, dtype, device, record_property):
     layer, hidden_TH = made(name, dtype, device)
-    assert len({forward(layer, hidden_TH) for _ in range(FORWARDS)}) == 1
-    assert len({trained(layer, layer, hidden_TH) for _ in range(TRAINED)}) == 1
+    assert_one_digest(layer, layer, hidden_TH, record_property)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_compiled(name, device):
+def test_compiled(name, device, record_property):
     """On a CPU without code generation: its loops are Inductor's own."""
     layer, hidden_TH = made(name, torch.bfloat16, device)
     captured = Captured()
     compiled = torch.compile(layer, fullgraph=True, backend="inductor" if device == "cuda" else captured.backend)
-    assert len({forward(compiled, hidden_TH) for _ in range(FORWARDS)}) == 1
-    assert len({trained(layer, compiled, hidden_TH) for _ in range(TRAINED)}) == 1
+    assert_one_digest(layer, compiled, hidden_TH, record_property)
 
 
 def test_what_is_drawn_is_seen():

@@ -21,6 +21,7 @@ LEAST_SHARE = 0.9
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--only", default="", help="faults whose name or file holds this")
+    parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
     parser.add_argument("--json", type=Path, help="write the verdicts there, too")
     options = parser.parse_args()
     chosen = [fault for fault in FAULTS if options.only in fault.name or options.only in fault.file]
@@ -30,12 +31,12 @@ def main() -> int:
         return 2
     verdicts = []
     with tempfile.TemporaryDirectory() as folder:
-        copy = Copy(Path(folder))
-        for verdict in run(chosen, copy):
+        copies = [Copy(Path(folder) / str(number)) for number in range(options.jobs)]
+        for verdict in run(chosen, copies):
             verdicts.append(verdict)
             told = verdict.killed_by.rpartition("/")[2] or "SURVIVED"
             print(f"{verdict.fault.name:58} {verdict.seconds:5.1f} s  {told}", flush=True)
-        broken = control(verdicts, copy)
+        broken = control(verdicts, copies[0])
     if broken:
         print(f"{broken} fails without a fault, too", file=sys.stderr)
         return 2

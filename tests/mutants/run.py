@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import os
+import queue
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tests.house.source import read_checkout
@@ -97,11 +99,22 @@ def first_failure(report: Path) -> str:
     return ""
 
 
-def run(faults: Iterable[Fault], copy: Copy) -> Iterable[Verdict]:
-    """Verdicts, as they come."""
-    for fault in faults:
-        start = time.perf_counter()
-        yield Verdict(fault, copy.judge(fault, fault.tests, only=fault.only), time.perf_counter() - start)
+def run(faults: Iterable[Fault], copies: Sequence[Copy]) -> Iterator[Verdict]:
+    """Verdicts as they come, of as many faults at a time as there are copies."""
+    free: queue.SimpleQueue[Copy] = queue.SimpleQueue()
+    for copy in copies:
+        free.put(copy)
+
+    def judge(fault: Fault) -> Verdict:
+        copy, start = free.get(), time.perf_counter()
+        try:
+            killed_by = copy.judge(fault, fault.tests, only=fault.only)
+        finally:
+            free.put(copy)
+        return Verdict(fault, killed_by, time.perf_counter() - start)
+
+    with concurrent.futures.ThreadPoolExecutor(len(copies)) as pool:
+        yield from pool.map(judge, faults)
 
 
 def control(verdicts: Iterable[Verdict], copy: Copy) -> str:

@@ -29,7 +29,6 @@ from tests.support.inputs import (
     cast,
     down_args,
     grad_weight_args,
-    make_block,
     sort_slots,
     up_args,
 )
