@@ -167,7 +167,7 @@ GPU = tuple(dataclasses.replace(row, gpu=True) for row in (
         f"{PROOFS}::test_cuda_graphs_take_every_regime",
         f"{PROOFS}::test_the_regimes_are_different_ones",
         f"{FAMILIES_ON_GPU}::test_cuda_graphs_capture",
-    ), least("regimes_captured", "{:.0f} captured and replayed", bound=48, total=True)),
+    ), least("regimes_captured", "{:.0f} captured and replayed", bound=30, total=True)),
     Row("peak memory over what is stated", "1.05", (
         f"{PROOFS}::test_peak_memory_is_what_is_stated",
     ), most("peak_over_stated", "{:.3f} at most ({count} cases)", bound=1.05)),
