@@ -17,7 +17,7 @@ from tests.support.profile import gpu_kernels
 pytestmark = pytest.mark.gpu
 
 ops = torch.ops.diffulex
-# one token, slots sorted by the first GEMM, plain schedules, the last ones for descriptors and with two kernels that sort
+# one token, slots sorted by the first GEMM, plain schedules; the last one for descriptors, and two kernels that sort
 REGIMES = (0, 1, 8, 64, 512, 4096)
 NAMES = ("qwen3", "mixtral", "deepseek")
 COMPILED = (("qwen3", "compiled"), ("deepseek", "compiled"))
