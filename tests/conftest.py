@@ -8,7 +8,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ("tests.support.expected_plugin", "tests.support.sanitizer_plugin")
+pytest_plugins = ("tests.support.examples_plugin", "tests.support.expected_plugin", "tests.support.sanitizer_plugin")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

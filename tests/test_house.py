@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from tests.house import sizes, structure, words
+from tests.house import sizes, structure, trust, words
 from tests.house.source import Source, functions, read_checkout
 
 GATES = [
@@ -17,6 +17,7 @@ GATES = [
     structure.import_order,
     structure.naming,
     structure.packaging,
+    trust.unsafe,
     words.annotations,
     words.docstrings,
     words.docstring_shapes,
@@ -67,7 +68,7 @@ def test_a_source_archive_is_read_whole(git, tmp_path, monkeypatch):
 def test_every_gate_is_run():
     public = {
         f"{module.__name__}.{f.name}"
-        for module in (sizes, structure, words)
+        for module in (sizes, structure, trust, words)
         for f in functions(Source("tests/house/gates.py", inspect.getsource(module)))
         if f.public
     }
@@ -226,6 +227,22 @@ BROKEN = [
         "catches everything",
     ),
     (words.swallowed, "diffulex/a.py", "with contextlib.suppress(Exception):\n    f()", "suppresses everything"),
+    *[
+        (trust.unsafe, "diffulex/a.py", text, f"a.py:1: {problem}")
+        for text, problem in (
+            ("import pickle", "imports pickle"),
+            ("from pickle import loads", "imports pickle"),
+            ("import torch as t, marshal", "imports marshal"),
+            ("from torch import load", "imports torch.load"),
+            ("a = torch.load(file, weights_only=False)", "calls torch.load"),
+            ("a = eval(text)", "calls eval"),
+            ("exec(text, {})", "calls exec"),
+            ("os.system(text)", "calls os.system"),
+            ("subprocess.run(text, shell=True)", "passes shell"),
+            ("a = AutoModel.from_config(config, trust_remote_code=flag)", "passes trust_remote_code"),
+            ("a = importlib.util.spec_from_file_location(name, path)", "makes a module of a file"),
+        )
+    ],
     (words.leaks, "README.md", "see {0}work{0}main".format("/"), "README.md:1"),
     (words.leaks, "docs/a.md", "\nsee {0}root{0}.cache".format("/"), "docs/a.md:2"),
     (words.leaks, "a.toml", "done in {} session".format("this"), "a.toml:1"),
@@ -271,6 +288,12 @@ SOUND = [
     (words.swallowed, "lowering/a.py", "try:\n    f()\nexcept OSError:\n    pass\nexcept Exception as e:\n    log(e)"),
     (words.swallowed, "lowering/a.py", "try:\n    f()\nexcept Exception:\n    raise"),
     (words.swallowed, "lowering/a.py", "try:\n    f()\nexcept Exception:\n    traceback.print_exc()"),
+    (
+        trust.unsafe,
+        "diffulex/a.py",
+        "model.eval()\nre.compile(text)\nsubprocess.run(command, shell=False)\njson.loads(text)",
+    ),
+    (trust.unsafe, "lowering/templates/standalone.py", "a = importlib.util.spec_from_file_location(name, path)"),
     (words.leaks, "README.md", "pytest's session fixtures, the working folder, network/interfaces"),
 ]
 

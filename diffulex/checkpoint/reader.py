@@ -7,7 +7,7 @@ time, and it is opened anew after every window of bytes, which bounds the reside
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any
 
@@ -138,9 +138,12 @@ class CheckpointReader:
 
     def _index(self, path: Path) -> dict[str, Path]:
         try:
-            names = json.loads(path.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as reason:
-            raise unreadable(path, f"an index without a weight_map ({reason!r})") from reason
+            names = {name: PurePath(file) for name, file in dict(json.loads(path.read_text())["weight_map"]).items()}
+        except (ValueError, KeyError, TypeError, RecursionError) as reason:
+            raise unreadable(path, f"an index without a weight_map ({str(reason)[:200]!r})") from reason
+        elsewhere = sorted(str(file) for file in {*names.values()} if file.is_absolute() or ".." in file.parts)
+        if elsewhere:
+            raise unreadable(path, f"shards outside of its folder: {', '.join(elsewhere[:5])}")
         files = {name: path.parent / file for name, file in names.items()}
         absent = sorted({str(file.name) for file in files.values() if not file.is_file()})
         if absent:

@@ -77,7 +77,7 @@ def _replay(text: Any, seen: Sequence[Decision]) -> None:
         return
     try:
         kept = decisions_from_json(text)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         _warn_once(f"{type(error).__name__}: {error}")
         return
     _trace(text, replayed=True)

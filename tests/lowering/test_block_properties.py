@@ -231,6 +231,17 @@ def test_rows_of_padding_change_nothing(form, padding, sentinel):
         assert_near_exact(grad[: form.tokens] if name in ("hidden_TH", "weights_TK") else grad, wanted, what=name)
 
 
+@given(block_forms(tokens=0))
+def test_no_tokens(form):
+    """No result, and gradients that are zeros and not what was in memory."""
+    block = make_block(form)
+    assert block.chain().shape == (0, form.hidden)
+    call, leaves, names = through(block, chain)
+    grads = gradients(call, leaves, torch.empty_like(block.hidden_TH))
+    for position, name in enumerate(names):
+        assert torch.equal(grads[position], torch.zeros_like(leaves[position])), name
+
+
 @given(forms)
 def test_choosing_an_expert_twice_adds_its_weights(form):
     block = make_block(form)

@@ -178,6 +178,7 @@ def under_sanitizer(*tools: str, runs: str, seconds: float = _SECONDS) -> Callab
             found = run_under(sanitizer, tool, node=f"{request.path}::{runs}", folder=tmp_path, seconds=seconds)
             if found.refused:
                 pytest.skip(f"compute-sanitizer refuses this device: {_REFUSED.search(found.output)[0]}")
+            request.node.user_properties.append(("sanitized_cases", len(found.cases)))
             check(found)
 
         test.__name__, test.__doc__, test.__module__ = check.__name__, check.__doc__, check.__module__

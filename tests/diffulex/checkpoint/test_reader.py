@@ -94,12 +94,34 @@ def test_a_file_that_is_cut_off(tmp_path):
     _refused(file, got="")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"metadata": {}}'])
+NO_INDEX = ["{", "[]", '{"metadata": {}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 7}}', '{"weight_map": null}']
+
+
+@pytest.mark.parametrize("text", [*NO_INDEX, "[" * 100_000, '{"weight_map": {"a": null}}'])
 def test_an_index_that_is_none(text, tmp_path):
     save_file({"a": A}, tmp_path / "x.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(MoECheckpointError, match="an index without a weight_map"):
         CheckpointReader(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["../outside.safetensors", "a/../../outside.safetensors", "/{}/outside.safetensors"])
+def test_shards_outside_of_the_folder_are_not_opened(where, tmp_path):
+    save_file({"a": A}, tmp_path / "outside.safetensors")
+    (folder := tmp_path / "checkpoint").mkdir()
+    _index(folder, {"a": where.format(tmp_path)})
+    with pytest.raises(MoECheckpointError, match="shards outside of its folder"):
+        CheckpointReader(folder / "model.safetensors.index.json")
+
+
+def test_shards_in_a_folder_below_and_links_to_elsewhere(tmp_path):
+    """As caches of downloads have them."""
+    save_file({"a": A}, tmp_path / "blob")
+    (folder := tmp_path / "checkpoint" / "parts").mkdir(parents=True)
+    (folder / "x.safetensors").symlink_to(tmp_path / "blob")
+    _index(folder.parent, {"a": "parts/x.safetensors"})
+    with CheckpointReader(folder.parent / "model.safetensors.index.json") as reader:
+        assert torch.equal(reader.read("a"), A)
 
 
 def test_shards_that_are_not_there(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
 import diffulex
@@ -71,6 +73,25 @@ def test_inductor_over_token_counts(name, train):
             oracle_inputs = type(inputs)(inputs.hidden_TH.double(), given)
             assert_oracle_ratio(ours, eager, layer_oracle(layer, oracle_inputs)[0], what=f"{tokens} tokens")
     assert counters["stats"]["unique_graphs"] <= 3
+
+
+@pytest.fixture(scope="module")
+def generated():
+    """A layer, and what Inductor makes of it for the CPU."""
+    layer = make_layer(SPECS["qwen2_moe"])
+    return layer, torch.compile(layer, fullgraph=True)
+
+
+@pytest.mark.slow
+@given(st.integers(2, 70), st.integers(0, 999))
+def test_compiled_equals_eager(generated, tokens, seed):
+    """In one graph, whose number of tokens is a symbol from the first call on."""
+    inputs = make_inputs(SPECS["qwen2_moe"], tokens, seed=seed)
+    torch._dynamo.mark_dynamic(inputs.hidden_TH, 0)
+    with torch.no_grad():
+        found, wanted = (function(inputs.hidden_TH, **inputs.given) for function in reversed(generated))
+    assert_near_exact(found[0], wanted[0])
+    assert_near_exact(found[1], wanted[1], what="logits")
 
 
 def test_debug_mode_does_not_break_the_graph(monkeypatch):

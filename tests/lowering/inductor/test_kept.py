@@ -192,6 +192,7 @@ def test_an_entry_of_another_layer_takes_the_names_that_the_passes_saw():
         '[{"stage": "lower", "subject": "a", "layer": "b", "outcome": "c", "reason": "?"}]',
         '[{"stage": "lower", "subject": "a", "layer": "b", "outcome": "c", "cost": 1}]',
         '[{"stage": "lower", "subject": "a", "layer": "b", "outcome": "c", "cost": {"rows": 1}}]',
+        "[" * 100_000,
         b"\xff",
         7,
     ],
@@ -207,6 +208,42 @@ def test_what_cannot_be_read_is_warned_about_once(text, monkeypatch, caplog):
     assert counters["inductor"]["fxgraph_cache_hit"] == 2
     (message,) = [record.getMessage() for record in caplog.records if record.name == "diffulex"]
     assert "cannot be read" in message
+
+
+TOLD = (
+    Decision("lower", "moe_expert_up", "layers.0", "triton", cost=Cost("H100", 8, 1e9, 2e9, 300.5, 400.25)),
+    Decision("lower", "moe_combine", "layers.0", "own", Reason(ReasonCode.DTYPE, "torch.float64")),
+)
+
+
+def replayed(text, caplog):
+    """What is told of such an entry, and the warnings."""
+    kept._warn_once.cache_clear()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="diffulex"), collect() as decisions:
+        kept._replay(text, ())
+    return decisions, len(caplog.records)
+
+
+def test_entries_cut_off_anywhere(caplog):
+    text = decisions_to_json(TOLD)
+    for index in range(64):
+        assert replayed(text[: index * (len(text) - 1) // 63], caplog) == ([], 1)
+    assert len(replayed(text, caplog)[0]) == len(TOLD)
+
+
+def test_entries_with_any_bit_flipped(caplog):
+    """Other words, or none and a warning: a report without a checksum, which nothing is computed by."""
+    text = decisions_to_json(TOLD)
+    warned = 0
+    for index in range(96):
+        place = index * (len(text) - 1) // 95
+        decisions, warnings = replayed(
+            text[:place] + chr(ord(text[place]) ^ 1 << index % 7) + text[place + 1 :], caplog
+        )
+        assert (len(decisions), warnings) in ((len(TOLD), 0), (0, 1))
+        warned += warnings
+    assert warned > 20
 
 
 def test_an_entry_without_decisions_is_no_problem(caplog):

@@ -49,6 +49,31 @@ def test_rows_do_not_depend_on_the_batch(dtype, bias):
     torch.testing.assert_close(whole, block(*given), rtol=0.05 if dtype.itemsize == 2 else 1e-4, atol=1e-2)
 
 
+COUNTS = (1, 4, 16, 64, 257, 1024)
+
+
+def differing(dtype):
+    """The counts whose first rows have other bits than those of the largest batch."""
+    given = inputs(COUNTS[-1], dtype)
+    whole = block(*given)
+    return [count for count in COUNTS if not torch.equal(of_rows(slice(0, count), given), whole[:count])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_tokens(dtype, record_property):
+    with batch_invariant():
+        found = differing(dtype)
+    record_property("differing_counts", len(found))
+    assert found == []
+
+
+def test_by_default_the_number_of_tokens_is_seen(record_property):
+    """The control."""
+    found = differing(torch.float64)
+    record_property("differing_counts_of_the_control", len(found))
+    assert set(found) & {1, 4, 16}
+
+
 def test_by_default_they_do():
     """The control."""
     given = inputs(100, torch.float64)

@@ -1,12 +1,17 @@
 """Tuned times on disk: what was saved comes back; whatever else became of a file counts as nothing and is said once."""
 
 import errno
+import itertools
 import json
 import logging
 import multiprocessing
 import os
+import random
+import resource
 import signal
 import stat
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -294,6 +299,61 @@ def test_killed_in_the_middle_of_writing(file, folder):
     assert storage.save(KEY, OTHER) is None, "the lock went with the process"
     assert storage.load(KEY) == {**TABLE, **OTHER}
     assert not list(folder.glob("*.tmp"))
+
+
+def test_killed_at_any_time(file, folder, caplog):
+    """While they write without a pause; what is there is one of the tables that were written, whole."""
+
+    def job():
+        for turn in itertools.count():
+            storage.save(KEY, {SHAPE: {1 + turn % 50: TABLE[SHAPE][8]}})
+
+    context, clock = multiprocessing.get_context("fork"), random.Random(0)
+    with caplog.at_level(logging.WARNING, logger="diffulex"):
+        for _ in range(24):
+            child = context.Process(target=job)
+            child.start()
+            child.join(0.005 + 0.02 * clock.random())
+            child.kill()
+            child.join(60)
+            assert storage.load(KEY).keys() == TABLE.keys() and not caplog.records
+    assert storage.save(KEY, OTHER) is None and storage.load(KEY).keys() == {*TABLE, *OTHER}
+    assert [path.name for path in folder.iterdir()] == [KEY.file_name]
+
+
+def test_a_file_that_grows_no_further(file, folder):
+    """The kernel's own refusal in the middle of a write, as on a disk that is full."""
+
+    def job():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        reason = storage.save(KEY, OTHER)
+        assert reason.code is ReasonCode.STORAGE and os.strerror(errno.EFBIG) in reason.detail
+
+    assert run_in_child(job) == [0]
+    assert storage.load(KEY) == TABLE
+    assert [path.name for path in folder.iterdir()] == [KEY.file_name]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else")
+def test_a_user_who_may_not_write():
+    """As `test_a_folder_without_write_permission`, where the tests are run by root."""
+    with tempfile.TemporaryDirectory() as root, tuned_folder(Path(root)) as folder:
+        assert storage.save(KEY, TABLE) is None
+        for path, mode in ((Path(root), 0o755), (folder, 0o500), (folder / KEY.file_name, 0o400)):
+            os.chown(path, NOBODY, NOBODY)
+            path.chmod(mode)
+
+        def job():
+            os.setuid(NOBODY)
+            assert storage.load(KEY) == TABLE
+            assert storage.save(KEY, OTHER).code is ReasonCode.STORAGE
+            assert storage.load(KEY) == TABLE
+
+        assert run_in_child(job) == [0]
+
+
+NOBODY = 65534
 
 
 def test_many_processes_lose_nothing(folder):

@@ -22,7 +22,16 @@ from lowering.schedule.schedule import GemmShape, Loop, Schedule
 from lowering.state import batch_invariant
 from lowering.templates import eager, standalone
 from tests.support.catalogue import raises_catalogue
-from tests.support.inputs import FORMS, WIDE, WIDE_FORMS, cast, down_args, grad_weight_args, sort_slots, up_args
+from tests.support.inputs import (
+    FORMS,
+    WIDE,
+    WIDE_FORMS,
+    cast,
+    down_args,
+    grad_weight_args,
+    sort_slots,
+    up_args,
+)
 from tests.support.launches import interpret
 from tests.support.oracle import assert_oracle_ratio
 
@@ -132,6 +141,15 @@ def test_forms_that_descriptors_take(form, schedule, few_sms):
     check(down, down_reference, down_args(form), schedule=schedule)
     if form.tokens:
         assert all("w_desc.load" in text for text in few_sms.texts)
+
+
+@pytest.mark.parametrize("schedule", MANY, ids=str)
+def test_more_row_tiles_than_a_group(schedule, few_sms):
+    """Whole groups, and one that is not full."""
+    form = ALIGNED.replace(tokens=57, top_k=2, experts=3, ids="one", dtype=torch.float16)
+    assert form.tokens * form.top_k > schedule.group_m * schedule.block_m
+    check(up, up_reference, up_args(form), schedule=schedule)
+    check(down, down_reference, down_args(form), schedule=schedule)
 
 
 @pytest.mark.parametrize("act", [IDENTITY, "u", "swiglu", "geglu_tanh", "min(max(g, -0.5), 0.5) * u", "relu2"])
