@@ -474,8 +474,8 @@ FAULTS = (
     Fault(
         "an expert's row on another rank",
         "diffulex/moe/dispatcher/static_dispatcher.py",
-        "        known_RK = places_RK.long() - 1\n",
-        "        known_RK = places_RK.long()\n",
+        "        first = self.rank * self.most_rows + 1\n",
+        "        first = self.rank * self.most_rows\n",
         RANKS,
         "static_exchange_equals",
     ),

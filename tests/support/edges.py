@@ -59,5 +59,5 @@ EDGES: dict[str, tuple[str, ...]] = {
         f"{KERNELS}::test_offsets_beyond_32_bits",
     ),
     "a rank without tokens": (f"{RANKS}::test_ranks_without_tokens",),
-    "a rank that ends or stands still": ("tests/diffulex/distributed/test_dead_peer.py::test_the_others_get_an_error",),
+    "a rank that ends or stands still": ("tests/diffulex/distributed/test_faults.py::test_a_lost_rank_is_named",),
 }

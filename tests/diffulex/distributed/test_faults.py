@@ -26,11 +26,12 @@ WAYS = {
 
 
 @pytest.mark.parametrize(("way", "how", "lost"), [("naive", "stuck", 1), ("static", "killed", 0), ("tp", "killed", 2)])
-def test_a_lost_rank_is_named(way, how, lost):
+def test_a_lost_rank_is_named(way, how, lost, record_property):
     case = Case(SPEC, (4,) * SIZE, options=WAYS[way])
     with running(SIZE, timeout=TIMEOUT) as group:
         told = group.run_without(lost, functools.partial(rank_cases.lose_a_rank, how=how, lost=lost), case, SIZE)
     assert len(told) == SIZE - 1
+    record_property("seconds_over_the_limit", round(max(seconds for *_, seconds in told) - TIMEOUT, 1))
     for kind, text, seconds in told:
         assert kind == "MoERankError" and f"nothing from rank {lost} (" in text, text
         assert seconds < TIMEOUT + 5
