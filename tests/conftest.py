@@ -1,12 +1,13 @@
 """Shared set-up of the suite: no network, hypothesis profiles, and GPU tests skipped where there is no GPU.
 
 `pytest --hypothesis-profile=nightly` (or `release`) asks for more examples; the default, `ci`, is the same each time.
+`faults` is that without making a failing example small, for `tests.mutants`.
 """
 
 import os
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 pytest_plugins = ("tests.support.examples_plugin", "tests.support.expected_plugin", "tests.support.sanitizer_plugin")
 
@@ -16,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Compiling takes longer than any deadline that would still catch something.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", derandomize=True, max_examples=50, database=None, **_COMMON)
+settings.register_profile("faults", settings.get_profile("ci"), phases=(Phase.explicit, Phase.generate))
 settings.register_profile("nightly", max_examples=1_000, print_blob=True, **_COMMON)
 settings.register_profile("release", max_examples=10_000, print_blob=True, **_COMMON)
 settings.load_profile("ci")  # the command line option is applied after this file

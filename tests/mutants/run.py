@@ -74,7 +74,7 @@ class Copy:
         report = self.folder / "report.xml"
         report.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not gpu", "-p", "no:cacheprovider", "--tb=line"]
-        command += ["-p", "no:randomly", f"--junitxml={report}", *(["-k", only] if only else []), *tests]
+        command += ["--hypothesis-profile=faults", f"--junitxml={report}", *(["-k", only] if only else []), *tests]
         # bytecode is told apart by seconds and sizes: a changed file may have those of the one before
         environment = {**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
