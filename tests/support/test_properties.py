@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,8 @@ def test_the_summary(tmp_path):
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.support.examples_plugin"]
     command += ["--junitxml=report.xml", "-c", "/dev/null", "--rootdir=.", "-n", "1", "test_x.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}  # where the plugin is
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "examples of properties" in done.stdout and "100 in 1 tests" in done.stdout, done.stdout + done.stderr
     assert f'name="{EXAMPLES}" value="100"' in (tmp_path / "report.xml").read_text()
 
