@@ -31,8 +31,6 @@ WAYS = ("naive", "static", "sums", "tp")
 PAPER = {"deepseek-v3": Shape(256, 8, 7168, 2048), "qwen3": SHAPES["qwen3"]}
 RANKS = (8, 16, 32, 64)
 _ELEMENT, _WIDE, _DETAIL = 2, 4, 12  # bytes: bf16, fp32, and what goes with a slot (row, token, weight)
-_SUM = _ELEMENT  # bytes of an element of a sum that travels between ranks
-_SPARE = 0.0  # of the slots without an expert on a rank, that are written and read there for a sum
 _KERNEL = 2.5e-6  # seconds of a kernel that has next to nothing to do, in a CUDA graph
 # Slots of `naive` moved in eager code on their way back, in multiples of their bytes: zeros and a copy of them, slots
 # into their places, a pass for each k in fp32. Fitted: by count it would be 15, but `index_copy` is slow.
@@ -148,9 +146,9 @@ def _rate(device: DeviceSpec) -> float:
 
 
 def _experts(scenario: Scenario, tokens: int, *, share: float, held: int, device: DeviceSpec) -> float:
-    """GEMMs of a rank over its share of the slots of so many tokens, and the zeros in the places of the others."""
+    """GEMMs of a rank over its share of the slots of so many tokens, and zeros in the places of the others if read."""
     slots = tokens * scenario.shape.top_k
-    spare = {"naive": 0.0, "sums": _SPARE}.get(scenario.way, 1.0) * (1 - share) * slots
+    spare = 0.0 if scenario.way in ("naive", "sums") else (1 - share) * slots
     zeros = spare * scenario.shape.hidden * _ELEMENT / _rate(device)
     return sum(_gemms(math.ceil(slots * share - 1e-9), held, shape=scenario.shape, device=device)) + zeros
 
@@ -236,8 +234,7 @@ def _combine(scenario: Scenario, shares: Sequence[float], *, links: Links, devic
         back = exchange_seconds([list(column) for column in zip(*there, strict=True)], links)
         return back + _EAGER * slots * row / rate
     if scenario.way == "sums":
-        sums = ranks * scenario.tokens * shape.hidden * _SUM
-        read = ranks * slots * row * (share + _SPARE * (1 - share))
+        sums, read = ranks * out, ranks * slots * row * share
         return 2 * _KERNEL + (read + 2 * sums + out) / rate + _back(sums, ranks, links=links, rate=rate)
     return _KERNEL + (slots * row + out) / rate + _back(ranks * slots * row, ranks, links=links, rate=rate)
 
