@@ -114,6 +114,16 @@ def rounded(node: Any, dtype: torch.dtype) -> Any:
     return make_pointwise(narrow, override_return_dtype=dtype)(node)
 
 
+def add_product(total: Any | None, left: Any, right: Any) -> Any:
+    """The fp32 IR node total + left * right, rounded once; without a total 0 is one.
+
+    Written as a product and a sum, the code around would decide which of them the GPU's assembler rounds in one.
+    """
+    if total is None:
+        return make_pointwise(lambda x, y: ops.fma(x, y, ops.constant(0.0, torch.float32)))(left, right)
+    return make_pointwise(ops.fma)(left, right, total)
+
+
 def slot_of_expert(slots: Any, ids: Any, k: int, *, num_experts: int) -> Any:
     """Slot k of every token, [T, H] fp32, of slots [T * K, H]: 0, and not read, where ids [T, K] hold no expert."""
     (num_tokens, top_k), load_slot, load_id = ids.get_size(), slots.make_loader(), ids.make_loader()

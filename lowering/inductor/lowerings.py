@@ -291,7 +291,10 @@ def _moe_expert_grad_weight(left: Any, right: Any, left_index: Any, right_index:
 
 @_compat.register_lowering(_OPS.moe_combine.default, type_promotion_kind=None)
 def _moe_combine(slots: Any, weights: Any, ids: Any = None, num_experts: int = 0) -> Any:
-    """Inductor IR, so it folds into one kernel with the residual and the next norm; K terms in slot order."""
+    """Inductor IR, so it folds into one kernel with the residual and the next norm; K terms in slot order.
+
+    Each is added as eager mode does it, a product that is not rounded: the same bits whatever the kernel is fused with.
+    """
     reason = refusal(slots) or refusal(weights)
     if reason is not None:
         return fallback_noted(_OPS.moe_combine.default, reason, slots, weights, ids, num_experts)
@@ -307,8 +310,8 @@ def _moe_combine(slots: Any, weights: Any, ids: Any = None, num_experts: int = 0
         else:
             slot = _compat.slot_of_expert(slots, ids, k, num_experts=num_experts)
         weight = lower[prims.convert_element_type.default](lower[aten.select.int](weights, 1, k), torch.float32)
-        term = lower[aten.mul.Tensor](slot, lower[aten.unsqueeze.default](weight, -1))
-        total = term if total is None else lower[aten.add.Tensor](total, term)
+        weight = lower[aten.expand.default](lower[aten.unsqueeze.default](weight, -1), slot.get_size())
+        total = _compat.add_product(total, slot, weight)
     early = _compat.generated_begin_early(_compat.V.graph)
     note("moe_combine", f"Inductor IR, fused with its neighbours{told(early)}")
     if is_batch_invariant():  # else what is fused behind it reads the sum as it is, and fusion may depend on sizes

@@ -173,6 +173,23 @@ def test_outputs_beyond_32_bits_of_a_symbolic_size_compile():
 # What gets no kernel
 
 
+@pytest.mark.parametrize("ids", [None, torch.tensor([[0, 1, 2], [-1, 2, 9]])], ids=["all", "of experts"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_which_products_of_the_combine_are_rounded_is_said(top_k, ids):
+    """None of them: left to the assembler, it would depend on what the kernel is fused with."""
+    slots, weights, other = torch.randn(2 * top_k, 8), torch.rand(2, top_k), torch.randn(2, 8)
+    inputs = [slots, weights, other] if ids is None else [slots, weights, other, ids[:, :top_k].contiguous()]
+
+    def added(slots, weights, other, ids=None):
+        return other + ops.moe_combine(slots, weights, ids, 0 if ids is None else 4)
+
+    code, _ = code_of(added, inputs)
+    text = code.kernel("moe_combine").function
+    assert text.count("tl.fma(") == top_k
+    assert " * " not in "".join(line for line in text.splitlines() if "tmp" in line and "tl.load" not in line)
+    check(code, added, inputs)
+
+
 def test_fp64_weights_of_the_combine_take_the_op():
     """It computes in fp64 where either operand is, which the generated kernel does not."""
     slots, weights = torch.randn(6, 4), torch.rand(3, 2, dtype=torch.float64)

@@ -165,6 +165,33 @@ def test_bitwise_repeatable(dtype):
     assert all(torch.equal(first, moe_combine(*args)) for _ in range(3))
 
 
+BEHIND = {
+    "alone": lambda out, other: out,
+    "added": lambda out, other: out + other,
+    "added first": lambda out, other: other + out,
+    "scaled": lambda out, other: out * 1.5 + other,
+    "normed": lambda out, other: (out + other) * (out + other).square().mean(-1, keepdim=True).rsqrt(),
+    "halves": lambda out, other: torch.cat((other, out), 1),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+def test_compiled_bits_are_those_of_eager_mode_whatever_is_fused(top_k, with_ids):
+    """In fp32, where a product that is rounded now and not then would show in most elements."""
+    form = WIDE.replace(dtype=torch.float32, top_k=top_k)
+    args = combine_args_with_ids(form, "cuda") if with_ids else combine_args(form, "cuda")
+    other = torch.randn_like(moe_combine(*args))
+    with torch.no_grad():
+        for name, behind in BEHIND.items():
+            found = torch.compile(lambda *args, behind=behind: (moe_combine(*args), behind(moe_combine(*args), other)))
+            alone, fused = found(*args)
+            assert torch.equal(alone, moe_combine(*args)), name
+            if name in ("added", "added first", "halves"):  # the only operations, and exact ones, behind the sum
+                assert torch.equal(fused, behind(moe_combine(*args), other)), name
+
+
 FORM = BlockForm(dtype=torch.float32)
 BAD = {
     "slots_rank": ({"slots": lambda a: a["slots"].view(7, 2, 8)}, MoEShapeError, "(7, 2, 8)"),
