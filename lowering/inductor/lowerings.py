@@ -24,7 +24,7 @@ from ..state import is_batch_invariant
 from ..templates.eager import dot_precision, down_variant, gemm_constants, power_of_two, up_variant
 from ..templates.render import ExpertGemmVariant, GradWeightVariant
 from . import _compat
-from .early import begins_early, told
+from .early import begins_early, gemm_begins_early, told
 from .gemm_plan import KERNEL_DTYPES, gemm_shape, pointers_reason, schedule_of, usual_schedule
 from .unread import rest_unread
 from .unsorted_slots import take_unsorted
@@ -193,7 +193,7 @@ def expert_gemm(
         mutated += inputs[-1:]
     variant = variant.scheduled(schedule, depth=depth, strides=strides)
     template = _template(variant.name, variant.source(), _gemm_grid)
-    early = begins_early(weight.get_device())
+    early = gemm_begins_early(schedule, weight.get_device())
     result = _compat.run_template(
         template,
         inputs,

@@ -80,6 +80,20 @@ def test_every_kernel_waits_first(early_code):
 
 
 @faked
+def test_gemms_of_many_rows_do_not_begin_early():
+    """Their programs stay for long; what is around them still waits for all that came before."""
+    large = Schedule(128, 32, 32, 4, 2, Loop(tma=True, flatten=True))
+    code, told = generated(GRAPHS, tokens=4096, schedule=large)
+    gemms = [kernel for kernel in code.kernels if "moe_expert" in kernel.name]
+    assert len(gemms) == 2 and [is_early(kernel) for kernel in code.kernels].count(False) == 2
+    assert not any(map(is_early, gemms))
+    for kernel in code.kernels:
+        if kernel not in gemms:
+            assert_waits_first(kernel)
+    assert sum(outcome.endswith(", begins early") for outcome in told) == 3
+
+
+@faked
 @pytest.mark.slow
 def test_the_machine_code_waits_first(early_code):
     from torch._inductor.codecache import PyCodeCache
