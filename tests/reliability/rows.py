@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from tests.support.edges import EDGES
 from tests.support.examples_plugin import EXAMPLES
-from tests.support.properties import PROPERTIES
+from tests.support.promises import EDGES, PROPERTIES, Promises
 
 from .results import Results
 
@@ -81,7 +80,7 @@ def every(*measures: Measure) -> Measure:
     return measure
 
 
-def _all_of(table: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+def _all_of(table: Promises) -> tuple[str, ...]:
     return tuple(dict.fromkeys(test for tests in table.values() for test in tests))
 
 
