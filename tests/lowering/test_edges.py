@@ -1,4 +1,4 @@
-"""Inputs at the edge, of a block of ops and of a layer: `tests/support/edges.py` says where each edge has its test."""
+"""Inputs at the edge, of a block of ops and of a layer: `tests/support/promises.py` says where each has its test."""
 
 import itertools
 import math

@@ -1,8 +1,12 @@
 """`python -m tests.reliability`: run what the claimed figures rest on, and print them: asked, measured, by which tests.
 
 By default the part for a CPU, with the seeded faults of `tests.mutants`: under 25 minutes on two cores. `--gpu`: that
-for one GPU, under 15 minutes. `--write` puts the table into docs/reliability.md, with date and device. Fails where some
-figure is not what is asked. `tests/reliability/rows.py` says which tests each figure is read off.
+for one GPU, under 15 minutes; most of it is compilation, so several processes share the GPU. `--write` puts the table
+into docs/reliability.md, with date and device. Fails where some figure is not what is asked, and where a process that
+runs tests does not end by itself. `tests/reliability/rows.py` says which tests each figure is read off.
+
+Where no command may take that long: `--gpu --log FOLDER --seconds 500`, again until nothing is left. What passed before
+in that folder is not run again, so it has to be of the same code.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -20,30 +25,28 @@ from pathlib import Path
 
 from tests.mutants.__main__ import LEAST_SHARE
 
-from .results import Results, read
-from .rows import CPU, GPU, Row
+from .results import Results
+from .rows import CPU, GPU, LARGE, LONG, Row
+from .running import ROOT, Options, Run, by_xdist, shared
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "reliability.md"
 Line = tuple[str, str, str, bool, str]  # figure, asked, measured, whether it holds, tests
 MINUTES = {"cpu": 25, "gpu": 15}
 
 
-def run_tests(rows: Sequence[Row], *, part: str, workers: int) -> Results:
-    """All tests of the rows, once each."""
-    tests = sorted({test for row in rows for test in row.tests})
-    whole = {test for test in tests if "::" not in test}
-    tests = [test for test in tests if test in whole or test.partition("::")[0] not in whole]
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu" if part == "gpu" else "not gpu"]
-        command += ["-p", "no:cacheprovider", f"--junitxml={report}", *tests]
-        if part == "cpu" and workers > 1:
-            command += ["-n", str(workers), "--dist", "loadfile"]
-        done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False)
-        if done.returncode not in (0, 1):
-            raise SystemExit(f"pytest ended with {done.returncode}")
-        return read(report)
+def run_tests(rows: Sequence[Row], part: str, options: Options) -> Run:
+    """All tests of the rows, once each; those that take long begin first."""
+    tests = [test for row in rows for test in row.tests]
+    if part == "cpu":
+        return by_xdist(sorted(tests), "not gpu", options)
+    return shared(long_first(tests), "gpu", options)
+
+
+def long_first(tests: Sequence[str]) -> list[str]:
+    """Those that take long, then the others as they stood."""
+    files = [test.partition("::")[0] for test in tests]
+    places = [LONG.index(file) if file in LONG else len(LONG) for file in files]
+    return [tests[index] for index in sorted(range(len(tests)), key=places.__getitem__)]
 
 
 def faults(workers: int) -> Line:
@@ -105,31 +108,56 @@ def replaced(document: str, part: str, text: str) -> str:
     return f"{before}{begin}{text}{end}{after}"
 
 
-def main() -> int:
+def processes(run: Run) -> Line:
+    """The row of those who ran the tests."""
+    text = "; ".join(run.ended) or f"{run.processes} did"
+    return "processes that run the tests", "end by themselves", text, not run.ended, "`python -m tests.reliability`"
+
+
+def duration(seconds: float, part: str) -> Line:
+    """The row of the table itself."""
+    limit, minutes = MINUTES[part], seconds / 60
+    text = f"{minutes:.1f} minutes"
+    return "this table", f"under {limit} minutes", text, minutes < limit, "`python -m tests.reliability`"
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__)
     parser.add_argument("--gpu", action="store_true", help="the part for a GPU")
     parser.add_argument("--write", action="store_true", help="into docs/reliability.md")
-    parser.add_argument("--workers", type=int, default=2, help="processes at a time, on a CPU")
+    parser.add_argument("--workers", type=int, help="processes at a time: 2; --gpu: half as many as cores, 8 at most")
+    parser.add_argument("--log", type=Path, help="keep what tests print and how they end in this folder")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="on a GPU: end after these")
     parser.add_argument(
         "--no-faults", action="store_true", help="without the seeded faults, whose line is left out then"
     )
     options = parser.parse_args()
+    if options.workers is None:
+        options.workers = min(8, max(1, (os.cpu_count() or 1) // 2)) if options.gpu else 2
+    return options
+
+
+def measured(options: argparse.Namespace, folder: Path) -> list[Line]:
+    """All lines of the table of a part."""
     part, rows = ("gpu", GPU) if options.gpu else ("cpu", CPU)
     start = time.monotonic()
-    found = lines(rows, run_tests(rows, part=part, workers=options.workers))
+    run = run_tests(rows, part, Options(options.workers, folder, options.seconds, LARGE))
+    for ended in ("failed", "begun", "left"):
+        for node in run.results.that(ended):
+            print(f"{ended}: {node}", file=sys.stderr)
+    found = [*lines(rows, run.results), processes(run)]
     if part == "cpu" and not options.no_faults:
         found.append(faults(options.workers))
-    minutes = (time.monotonic() - start) / 60
-    limit = MINUTES[part]
-    found.append(
-        (
-            "this table",
-            f"under {limit} minutes",
-            f"{minutes:.1f} minutes",
-            minutes < limit,
-            "`python -m tests.reliability`",
-        )
-    )
+    return [*found, duration(time.monotonic() - start + run.earlier, part)]
+
+
+def main() -> int:
+    options = parsed()
+    part = "gpu" if options.gpu else "cpu"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.log or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = measured(options, folder)
     head = f"{dt.datetime.now(dt.UTC):%Y-%m-%d}, {device(part)}."
     print(table(found, head=head))
     if options.write:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from tests.support.edges import EDGES
 from tests.support.examples_plugin import EXAMPLES
-from tests.support.properties import PROPERTIES
+from tests.support.promises import EDGES, PROPERTIES, Promises
 
 from .results import Results
 
@@ -81,7 +80,7 @@ def every(*measures: Measure) -> Measure:
     return measure
 
 
-def _all_of(table: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+def _all_of(table: Promises) -> tuple[str, ...]:
     return tuple(dict.fromkeys(test for tests in table.values() for test in tests))
 
 
@@ -89,6 +88,9 @@ OPS, MOE, INDUCTOR = "tests/lowering/ops", "tests/diffulex/moe", "tests/lowering
 DETERMINISTIC = "tests/diffulex/test_deterministic.py"
 PROOFS = "tests/diffulex/test_proofs_on_gpu.py"
 FAMILIES_ON_GPU = "tests/diffulex/test_families_gpu.py"
+# begun first, since each of these tests may take minutes; and tensors of 10 GB and more, one test at a time
+LONG = (f"{OPS}/test_sanitized_on_gpu.py", f"{INDUCTOR}/test_batch_invariant_on_gpu.py", FAMILIES_ON_GPU, PROOFS)
+LARGE = (f"{OPS}/test_wide_indices_on_gpu.py",)
 ONE_DIGEST = every(
     most("digests_of_100_forwards", "{:.0f} digest in 100 forwards", bound=1),
     most("digests_of_40_steps", "{:.0f} in 40 forwards and backwards ({count} cases)", bound=1),

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from tests.support.properties import PROPERTIES
+from tests.support.promises import PROPERTIES
 
 EXAMPLES = "hypothesis_examples"
 

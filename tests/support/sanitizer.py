@@ -32,7 +32,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _CUDA = Path("/usr/local/cuda")
 _ERRORS = 77  # exit status where something was reported
 _PRINTED = 20  # reports in full
-_SECONDS = 180
+_SECONDS = 300  # most of them for compilation, beside what other processes compile
 # Calls that fail are no bad accesses, and torch and Triton ask for functions that a driver need not have. A kernel that
 # goes wrong is ended, not the context, so that the cases after it still run. Padding lies behind each allocation.
 _FLAGS = {

@@ -8,6 +8,7 @@ import torch
 
 from lowering.inductor import lowerings
 from lowering.inductor.passes import register_lowerings
+from lowering.report import collect
 from lowering.schedule.schedule import Loop, Schedule
 from lowering.templates import eager
 from tests.support.inputs import BlockForm, make_block, sort_slots
@@ -69,6 +70,34 @@ def test_compiled(schedule, mode, transposed, monkeypatch):
             for _ in range(3):
                 out = compiled(*inputs).clone()
             assert_right(out, inputs)
+
+
+def known(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI):
+    order_N, _, offsets_E1 = ops.moe_dispatch(ids_TK, FORM.experts)
+    act_NI = ops.moe_expert_up(hidden_TH, w13_EJH, None, order_N, offsets_E1, FORM.top_k, "swiglu")
+    slots_NH = ops.moe_expert_down(act_NI, w2_EHI, None, order_N, offsets_E1)
+    return ops.moe_combine(slots_NH, weights_TK, ids_TK, FORM.experts)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_rows_that_nobody_writes_are_not_read(schedule, monkeypatch):
+    """Those of no expert, in memory that holds NaN."""
+    monkeypatch.setattr(lowerings, "schedule_of", lambda rows, shape, device: (schedule, None))
+    register_lowerings()
+    torch._dynamo.reset()
+    block = make_block(FORM, "cuda")
+    inputs = [block.hidden_TH, block.ids_TK, block.weights_TK, block.w13_EJH, block.w2_EHI]
+    with torch._inductor.config.patch(force_disable_caches=True), torch.no_grad(), collect() as decisions:
+        compiled = torch.compile(known, dynamic=False, fullgraph=True)
+        compiled(*inputs)
+        torch.cuda.empty_cache()
+        torch.full((2**27,), torch.nan, dtype=FORM.dtype, device="cuda")  # what the allocator gives out again
+        out_TH = compiled(*inputs)
+    outcomes = {decision.subject: decision.outcome for decision in decisions if decision.stage == "lower"}
+    assert all("_unread" in outcomes[stage] for stage in ("moe_expert_up", "moe_expert_down")), outcomes
+    inputs = [tensor.cpu() for tensor in inputs]
+    doubles = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
+    assert_oracle_ratio(out_TH.cpu(), known(*inputs), known(*doubles))
 
 
 def in_thread(function, *args):

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from lowering.errors import MoEDeviceError, MoEDtypeError, MoEShapeError
+from lowering.inductor.passes import register_lowerings
 from lowering.ops import moe_combine
 from lowering.reference.moe_combine import moe_combine_reference
+from lowering.report import collect
 from tests.support.catalogue import assert_refused, named
 from tests.support.inputs import (
     DEVICES,
@@ -176,6 +178,7 @@ BEHIND = {
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize("top_k", [1, 2, 6])
 def test_compiled_bits_are_those_of_eager_mode_whatever_is_fused(top_k, with_ids):
@@ -183,10 +186,18 @@ def test_compiled_bits_are_those_of_eager_mode_whatever_is_fused(top_k, with_ids
     form = WIDE.replace(dtype=torch.float32, top_k=top_k)
     args = combine_args_with_ids(form, "cuda") if with_ids else combine_args(form, "cuda")
     other = torch.randn_like(moe_combine(*args))
+    register_lowerings()
     with torch.no_grad():
         for name, behind in BEHIND.items():
-            found = torch.compile(lambda *args, behind=behind: (moe_combine(*args), behind(moe_combine(*args), other)))
-            alone, fused = found(*args)
+
+            def both(*args, behind=behind):
+                return moe_combine(*args), behind(moe_combine(*args), other)
+
+            torch._dynamo.reset()  # so that none of them is one recompilation too many, and runs as it stands
+            with collect() as decisions:
+                alone, fused = torch.compile(both, fullgraph=True, dynamic=False)(*args)
+            told = {decision.outcome for decision in decisions if decision.subject == "moe_combine"}
+            assert told == {"Inductor IR, fused with its neighbours"}, name
             assert torch.equal(alone, moe_combine(*args)), name
             if name in ("added", "added first", "halves"):  # the only operations, and exact ones, behind the sum
                 assert torch.equal(fused, behind(moe_combine(*args), other)), name

@@ -10,10 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.support.edges import EDGES
 from tests.support.examples_plugin import EXAMPLES, by_property, count_of, examples_of
 from tests.support.inputs import FORMS
-from tests.support.properties import PROPERTIES
+from tests.support.promises import EDGES, PROPERTIES
 
 ROOT = Path(__file__).resolve().parents[2]
 
