@@ -223,9 +223,10 @@ class _Mlp:
         rows = [product.args[0] for product in products]
         weights = [transposed_source(product.args[1]) for product in products]
         require(None not in weights, "a first product is by something else than a transposed weight")
-        shapes = {tuple(tensor_of(weight).shape) for weight in weights}  # type: ignore[arg-type]
-        require(len(shapes) == 1, f"gate and up of shapes {shapes}")
-        return rows[0], *weights  # type: ignore[arg-type]
+        found: list[Any] = weights
+        shapes = [tensor_of(weight).shape for weight in found]  # symbolic where weights are inputs of a dynamic graph
+        require(all(has_shape(weight, shapes[0]) for weight in found), f"gate and up of shapes {shapes}")
+        return rows[0], *found
 
     def _insert(self, graph: Graph, routed_down: Node, weights: tuple[Node, ...], last: Any) -> None:
         names = ("hidden", "w13", "b13", "order", "offsets")

@@ -103,6 +103,17 @@ def test_fixed_token_counts(tokens):
     check(generated(block, tensors, dynamic=False), block, tensors)
 
 
+def test_weights_of_symbolic_sizes():
+    """All of them inputs of one graph for any sizes, as with `dynamic=True` and weights that no module holds."""
+    tensors = inputs(16, 0)
+    for tensor in tensors:
+        for dim in range(tensor.dim()):
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    found = generated(block, tensors, dynamic=False)
+    assert found.extern_calls == () and found.kernel("moe_expert_up_shared")
+    check(found, block, tensors)
+
+
 def test_no_tokens():
     tensors = inputs(0, 0)
     assert generated(block, tensors, dynamic=False).extern_calls == ()
