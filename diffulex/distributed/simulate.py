@@ -152,7 +152,7 @@ def pass_seconds(scenario: Scenario, *, device: DeviceSpec) -> float:
 def _experts(scenario: Scenario, tokens: int, *, share: float, held: int, device: DeviceSpec) -> float:
     """GEMMs of a rank over its share of the slots of so many tokens, and zeros in the places of the others if read."""
     slots = tokens * scenario.shape.top_k
-    spare = 0.0 if scenario.way in ("naive", "sums") else (1 - share) * slots
+    spare = (1 - share) * slots if scenario.way == "static" else 0.0
     zeros = spare * scenario.shape.hidden * _ELEMENT / _rate(device)
     return sum(_gemms(math.ceil(slots * share - 1e-9), held, shape=scenario.shape, device=device)) + zeros
 
@@ -231,7 +231,7 @@ def _combine(scenario: Scenario, shares: Sequence[float], *, links: Links, devic
     out, share = scenario.tokens * row, max(shares)
     if scenario.way == "tp":
         partial = scenario.tokens * shape.hidden * _WIDE
-        local = 2 * _KERNEL + (slots * row + partial + partial + out) / rate
+        local = 2 * _KERNEL + (slots * row * share + partial + partial + out) / rate
         return local + reduce_seconds(partial, ranks, links=links)
     if scenario.way == "naive":
         there = to_shares(slots * row, shares)
