@@ -12,6 +12,8 @@ what of that sum is communication (with the sums of K slots in `combine`, but fo
 one CUDA graph without experts, `pair nccl` the same without symmetric memory (`static` alone). What ways have in common
 is timed once: dispatch and experts of `static`, `sums` and `parts`. Each way is checked before it is timed: against a
 single rank that has the tokens of all, bit by bit, and by the ratio rule on sampled rows; a wrong one stops the run.
+`host` is a probe beside `naive`, which waits for the host: the median microseconds, on the slowest rank, in which it
+issues PROBE additions of eight numbers, one by one in eager torch, whatever the layers are.
 The most tokens of a rank come first, then the fewest with `static`, then the rest. Stops before a cell that would go
 past --seconds, and names what was left out. With --device cpu, over gloo and without compilation, it only shows that it
 runs.
@@ -49,14 +51,15 @@ from diffulex.distributed.collectives import sum_of_ranks
 from diffulex.moe import EPFusedMoE, MoESpec, NaiveFusedMoE, TPFusedMoE
 from lowering.spec import ExpertSpec, RoutingSpec
 
+PROBE = 64  # ops
 PARTS = ("dispatch", "experts", "combine")
 COLUMNS = (
     *("device", "ranks", "shape", "experts_in_all", "tokens", "way", "one_us", "time_us", "gain"),
     *("dispatch_us", "experts_us", "combine_us", "share", "overlap", "pair_us", "pair_nccl_us"),
-    *("graph", "host_syncs", "check", "transport"),
+    *("host_us", "graph", "host_syncs", "check", "transport"),
 )
 SHOWN = ("shape", "tokens", "way", "one_us", "time_us", "gain", *(f"{part}_us" for part in PARTS), "share", "overlap")
-SHOWN = (*SHOWN, "pair_us", "pair_nccl_us", "check")
+SHOWN = (*SHOWN, "pair_us", "pair_nccl_us", "host_us", "check")
 
 
 class Bench:
@@ -136,6 +139,15 @@ class Bench:
         torch.cuda.synchronize()
         return start.elapsed_time(end) * 1e-3 / calls
 
+    def host(self) -> float:
+        """Median microseconds on the slowest rank in which the host issues `PROBE` small ops."""
+        eight, seconds = torch.zeros(8, device=self.device), []
+        for _ in range(51):
+            if self.cuda:
+                torch.cuda.synchronize()
+            seconds.append(_clocked(lambda: [eight.add_(1) for _ in range(PROBE)]))
+        return 1e6 * max(told_by_ranks(self.group, statistics.median(seconds)))
+
     def layer(self, way: str, whole: NaiveFusedMoE, tokens: int) -> Any:
         """The layer of a way, with the weights of the whole one."""
         kind = TPFusedMoE if WAYS[way].get("mode") == "tp" else EPFusedMoE
@@ -202,16 +214,16 @@ def parts_of(bench: Bench, layer: Any, inputs: tuple[Tensor, ...], *, cell: tupl
 
     def of_whole() -> dict[str, float]:
         """What does not depend on what travels back."""
-        run = bench.compiled(experts) if static else experts
+        run = bench.compiled(experts)
         return {
             "experts": clock(run, sent.recv_hidden_states, sent.recv_local_expert_ids, graph=static),
-            "dispatch": clock(bench.compiled(dispatch) if static else dispatch, *inputs, graph=static),
+            "dispatch": clock(bench.compiled(dispatch, fullgraph=static), *inputs, graph=static),
         }
 
     def of_return() -> dict[str, float]:
+        times = {"combine": clock(bench.compiled(combine, fullgraph=static), slots_NH, graph=static)}
         if not static:
-            return {"combine": clock(combine, slots_NH, graph=False)}
-        times = {"combine": clock(bench.compiled(combine), slots_NH)}
+            return times
         times["pair"] = clock(bench.compiled(pair), *inputs, slots_NH)
         if way == "static" and dispatcher.workspace is not None:
             with mock.patch.object(dispatcher, "workspace", None):
@@ -257,6 +269,7 @@ def measure(bench: Bench, cell: tuple[str, int, str]) -> dict[str, object]:
         check = verdict(found_TH, wanted_TH, whole=whole, inputs=inputs)
         syncs = _host_syncs(function, inputs) if static and bench.cuda else ""
     del wanted_TH, found_TH
+    host_us = f"{bench.host():.4g}" if way == "naive" else ""
     time_us = bench.time(function, *inputs, tokens=tokens, graph=way != "naive")
     parts = parts_of(bench, layer, inputs, cell=cell)
     every = sum(parts.get(part, 0.0) for part in PARTS)
@@ -273,6 +286,7 @@ def measure(bench: Bench, cell: tuple[str, int, str]) -> dict[str, object]:
         "gain": f"{one_us / time_us * (1 if tensor_parallel else bench.options.ranks):.3f}",
         "share": f"{1 - parts['experts'] / every:.3f}",
         "overlap": f"{every / time_us:.3f}",
+        "host_us": host_us,
         "graph": bench.cuda and way != "naive",
         "host_syncs": syncs,
         "check": "; ".join(sorted(set(told_by_ranks(bench.group, check)))),

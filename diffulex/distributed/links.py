@@ -7,6 +7,10 @@ from collections.abc import Sequence
 
 from .symmetric import MOST_BYTES
 
+# Seconds of the probe on the host that the constants of `Host` are of. That run had no probe: until one has, its hosts
+# count as that one, and the value says nothing.
+REFERENCE_PROBE = 0.25e-3
+
 
 @dataclasses.dataclass(frozen=True)
 class Links:
@@ -49,18 +53,25 @@ class Links:
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """Seconds that the host takes to launch a call of `naive`, which no CUDA graph holds; the device waits for it.
+    """Seconds that the host takes for `naive`, which no CUDA graph holds: calls in a row wait for it or for the device.
 
-    before    until the counts are back from the device: at least that long before rows travel
-    dispatch  of the way out, at least
-    combine   of the way back, at least, with the experts
+    before    from the counts on the host until rows travel: the device has nothing to do
+    dispatch  the way out alone, at least
+    combine   the way back alone, at least
+    call      a whole call, at least
 
-    Fitted to calls of 64 and 1024 tokens, which take 1.8 ms whatever is in them.
+    For a host that takes `REFERENCE_PROBE` for the probe of `benchmarks/bench_parallel.py`; `at` for another one. What
+    `simulate --fit-naive` prints of the measurements on two H200.
     """
 
-    before: float = 0.45e-3
-    dispatch: float = 1.15e-3
-    combine: float = 0.58e-3
+    before: float = 0.37e-3
+    dispatch: float = 1.74e-3
+    combine: float = 0.81e-3
+    call: float = 2.75e-3
+
+    def at(self, probe: float) -> Host:
+        """The same steps on a host that takes so many seconds for the probe."""
+        return Host(*(seconds * probe / REFERENCE_PROBE for seconds in dataclasses.astuple(self)))
 
 
 def exchange_seconds(sent: Sequence[Sequence[float]], links: Links, *, starts: int = 1, gather: bool = False) -> float:

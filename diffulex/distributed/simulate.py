@@ -2,14 +2,13 @@
 
     python -m diffulex.distributed.simulate [--shape qwen3] [--tokens 4096] [--ranks 8 16 32 64]
 
-A prediction, with the assumptions that `docs/parallel.md` lists; `compare` puts it beside what
+A prediction, with the assumptions that `docs/parallel.md` lists; `measured` puts it beside what
 `benchmarks/bench_parallel.py` measured. Nothing here needs a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import functools
 import math
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from lowering.errors import MoEOptionError, MoERangeError
 from lowering.schedule.cost_model import CONSTANTS, predict
-from lowering.schedule.device import H100, H200, DeviceSpec
+from lowering.schedule.device import H100, DeviceSpec
 from lowering.schedule.plan import exact_schedule
 from lowering.schedule.schedule import GemmShape
 
@@ -32,9 +31,8 @@ PAPER = {"deepseek-v3": Shape(256, 8, 7168, 2048), "qwen3": SHAPES["qwen3"]}
 RANKS = (8, 16, 32, 64)
 _ELEMENT, _WIDE, _DETAIL = 2, 4, 12  # bytes: bf16, fp32, and what goes with a slot (row, token, weight)
 _KERNEL = 2.5e-6  # seconds of a kernel that has next to nothing to do, in a CUDA graph
-# Slots of `naive` moved in eager code on their way back, in multiples of their bytes: zeros and a copy of them, slots
-# into their places, a pass for each k in fp32. Fitted: by count it would be 15, but `index_copy` is slow.
-_EAGER = 27
+# Slots of `naive` moved on their way back, in multiples of their bytes, into their places and to sums. Fitted.
+PASSES = 27
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +132,10 @@ def simulate(
     )
     slowest = max(experts)
     step = dispatch + slowest + combine
-    if scenario.way == "naive":
-        dispatch = max(host.dispatch, host.before + dispatch)
-        step, combine = dispatch + max(host.combine, slowest + combine), max(host.combine, combine)
+    if scenario.way == "naive":  # the host goes on while the device works, and begins the next call
+        dispatch += host.before
+        step = max(host.call, dispatch + slowest + combine)
+        dispatch, combine = max(host.dispatch, dispatch), max(host.combine, combine)
     return Prediction(dispatch, slowest, combine, step, experts, shares)
 
 
@@ -145,10 +144,15 @@ def _rate(device: DeviceSpec) -> float:
     return device.bandwidth * CONSTANTS["memory_efficiency"]
 
 
+def pass_seconds(scenario: Scenario, *, device: DeviceSpec) -> float:
+    """Seconds of reading, or writing, the slots of a rank's tokens once."""
+    return scenario.tokens * scenario.shape.top_k * scenario.shape.hidden * _ELEMENT / _rate(device)
+
+
 def _experts(scenario: Scenario, tokens: int, *, share: float, held: int, device: DeviceSpec) -> float:
     """GEMMs of a rank over its share of the slots of so many tokens, and zeros in the places of the others if read."""
     slots = tokens * scenario.shape.top_k
-    spare = 0.0 if scenario.way in ("naive", "sums") else (1 - share) * slots
+    spare = (1 - share) * slots if scenario.way == "static" else 0.0
     zeros = spare * scenario.shape.hidden * _ELEMENT / _rate(device)
     return sum(_gemms(math.ceil(slots * share - 1e-9), held, shape=scenario.shape, device=device)) + zeros
 
@@ -227,12 +231,12 @@ def _combine(scenario: Scenario, shares: Sequence[float], *, links: Links, devic
     out, share = scenario.tokens * row, max(shares)
     if scenario.way == "tp":
         partial = scenario.tokens * shape.hidden * _WIDE
-        local = 2 * _KERNEL + (slots * row + partial + partial + out) / rate
+        local = 2 * _KERNEL + (slots * row * share + partial + partial + out) / rate
         return local + reduce_seconds(partial, ranks, links=links)
     if scenario.way == "naive":
         there = to_shares(slots * row, shares)
         back = exchange_seconds([list(column) for column in zip(*there, strict=True)], links)
-        return back + _EAGER * slots * row / rate
+        return back + PASSES * pass_seconds(scenario, device=device)
     if scenario.way == "sums":
         sums, read = ranks * out, ranks * slots * row * share
         return 2 * _KERNEL + (read + 2 * sums + out) / rate + _back(sums, ranks, links=links, rate=rate)
@@ -268,46 +272,6 @@ def planned(scenario: Scenario, *, replicas: int = 0, device: DeviceSpec = H100)
     plans = [plan_placement(scenario.loads, scenario.ranks, replicas=count).placement for count in counts]
     times = [simulate(dataclasses.replace(scenario, placement=plan), device=device).experts for plan in plans]
     return plans[times.index(min(times))]
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """A measured phase beside its prediction, in microseconds."""
-
-    shape: str
-    tokens: int
-    way: str
-    phase: str
-    measured: float
-    predicted: float
-
-    @property
-    def ratio(self) -> float:
-        """Predicted over measured."""
-        return self.predicted / self.measured
-
-
-def compare(file: Path, *, links: Links | None = None) -> list[Comparison]:
-    """Each phase of each row of the CSV of `benchmarks/bench_parallel.py`, on H100 or H200 alone."""
-    found = []
-    with file.open(newline="", encoding="utf-8") as lines:
-        for row in csv.DictReader(lines):
-            device = next((spec for spec in (H100, H200) if spec.name in row["device"]), None)
-            way = {"tp-experts": "tp", "tp-width": None, "parts": "sums"}.get(row["way"], row["way"])
-            chunks = 2 if row["way"] == "parts" else 1
-            if device is None or way is None:
-                continue
-            shape = dataclasses.replace(SHAPES[row["shape"]], num_experts=int(row["experts_in_all"]))
-            scenario = Scenario(shape, int(row["ranks"]), int(row["tokens"]), way, chunks=chunks)
-            told = simulate(scenario, links=links, device=device)
-            phases = {"dispatch": told.dispatch, "experts": told.experts, "combine": told.combine, "time": told.step}
-            for phase, seconds in phases.items():
-                if row[f"{phase}_us"]:
-                    measured = float(row[f"{phase}_us"])
-                    found.append(
-                        Comparison(row["shape"], int(row["tokens"]), row["way"], phase, measured, 1e6 * seconds)
-                    )
-    return found
 
 
 def _row(cells: Sequence[object]) -> str:
@@ -351,7 +315,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
     parser.add_argument("--replicas", type=int, default=32)
     parser.add_argument("--compare", type=Path, help="a CSV of benchmarks/bench_parallel.py")
+    parser.add_argument("--fit-naive", type=Path, help="such a CSV: print the constants of naive by it")
     given = parser.parse_args(arguments)
+    from .measured import compare, fit_naive
+
+    if given.fit_naive is not None:
+        print("\n".join(f"{name} = {value:.3g}" for name, value in fit_naive(given.fit_naive).items()))
+        return
     if given.compare is None:
         print(table(given.shape, given.tokens, ranks=given.ranks, replicas=given.replicas))
         return

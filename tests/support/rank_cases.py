@@ -195,6 +195,25 @@ def run_compiled(
     return {"graphs": len(graphs), "results": results, "stage": layer.dispatcher.stage.name}
 
 
+def run_broken(rank: int, case: Case, size: int, steps: int) -> dict[str, Any]:
+    """Routed experts of compiled code that breaks its graph, with another routing at each step: the ops of each graph,
+    how many graphs there were after each step, and results beside eager ones."""
+    torch._dynamo.reset()
+    layer, graphs, counts, results = make_sharded(case, size), [], [], []
+
+    def keeping(graph: Any, inputs: Any) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    compiled = torch.compile(layer.run_experts, backend=keeping)
+    for step in range(steps):
+        parts = [case.part(tensor, rank) for tensor in dataclasses.replace(case, seed=step).all_inputs()]
+        with torch.no_grad():
+            results.append((compiled(*parts), layer.run_experts(*parts)))
+        counts.append(len(graphs))
+    return {"graphs": graphs, "counts": counts, "results": results}
+
+
 def run_counted(rank: int, case: Case, size: int) -> dict[str, list[int]]:
     """What the router of this rank's layer chose, counted twice, and once more on its own; and of all ranks."""
     layer, load = make_sharded(case, size), ExpertLoad(case.spec.experts.num_experts)

@@ -48,7 +48,9 @@ class TPFusedMoE(ShardedFusedMoE):
         return of_first_rank(super()._noise(hidden_TH), group=self._group)
 
     def _run_weighted(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
-        """This rank's share of the sum, in fp32 or wider."""
+        """This rank's share of the sum, in fp32 or wider; told which slots are its own, compiled code skips others."""
         slots_NH = self._slots(hidden_TH, ids_TK, experts=experts)
         wide = torch.promote_types(slots_NH.dtype, torch.float32)
-        return ops.moe_combine(slots_NH.to(wide), weights_TK)
+        if self._row_of_expert is None:  # all experts are here, and few slots have none
+            return ops.moe_combine(slots_NH.to(wide), weights_TK)
+        return ops.moe_combine(slots_NH.to(wide), weights_TK, ids_TK, len(self.owned_experts))

@@ -8,7 +8,7 @@ import torch
 
 from diffulex.distributed import faults, naming_lost_ranks
 from diffulex.moe import MoESpec
-from lowering.errors import MoERangeError, MoERankError
+from lowering.errors import MoERangeError, MoERankError, MoEStageError
 from lowering.spec import RoutingSpec
 from tests.support import rank_cases
 from tests.support.catalogue import raises_catalogue
@@ -81,7 +81,10 @@ def test_a_store_that_is_gone_is_told(group, monkeypatch):
             raise RuntimeError("Timed out waiting 2000ms for recv operation to complete")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), MoERangeError("connection"), ValueError("gloo")])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("out of memory"), MoERangeError("connection"), MoEStageError("connection"), ValueError("gloo")],
+)
 def test_other_errors_are_left_as_they_are(group, error):
     with pytest.raises(type(error)) as caught, naming_lost_ranks(group):
         raise error

@@ -1,10 +1,15 @@
 """Placements: tables of ranks and rows, with replicas and without."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diffulex.distributed import ExpertPlacement
+from diffulex.moe.dispatcher import ExchangePlan
+from diffulex.moe.dispatcher.naive_dispatcher import NaiveA2ADispatcher
 from lowering.errors import MoEParallelError
 from tests.support.catalogue import raises_catalogue
 
@@ -16,6 +21,22 @@ def test_a_slot_goes_to_its_own_rank_if_that_has_a_copy():
     assert REPLICATED.ranks_of(4, 0) == [(0,), (1, 2), (1,), (0,), (-1,)]
     assert REPLICATED.ranks_of(4, 2) == [(2,), (2,), (1,), (0,), (-1,)]
     assert REPLICATED.rows_of(4) == [[1, -1, -1, 0, -1], [1, 2, 0, -1, -1], [1, 0, -1, -1, -1]]
+
+
+def test_copies_elsewhere_take_turns():
+    """By the number of the token; slots of no expert go nowhere."""
+    parallel = SimpleNamespace(
+        group=SimpleNamespace(group_name=""),
+        size=3,
+        rank=0,
+        mesh=SimpleNamespace(device_type="cpu"),
+        experts_of=lambda num_experts: REPLICATED,
+    )
+    dispatcher = NaiveA2ADispatcher(ExchangePlan(parallel, 4, 2))
+    ids_TK = torch.tensor([[1, 2], [1, 0], [1, 4], [3, 1], [-1, 1]])
+    ranks_TK, rows_TK = dispatcher._chosen(dispatcher._known(ids_TK))
+    assert ranks_TK.tolist() == [[1, 1], [2, 0], [1, -1], [0, 2], [-1, 1]]
+    assert rows_TK.tolist() == [[2, 0], [0, 1], [2, -1], [0, 0], [-1, 2]]
 
 
 def test_tables_of_a_placement_without_replicas():

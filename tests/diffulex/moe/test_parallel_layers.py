@@ -369,6 +369,16 @@ def test_static_exchange_compiles_into_one_graph(pair, name, how, memory, train)
                 assert_near_exact(found[key], value, what=key)
 
 
+def test_compiled_code_holds_what_of_the_naive_exchange_has_a_shape(pair):
+    """The slots' order and the sums of a token's slots are in graphs, and these serve every routing soon."""
+    case = Case(SPECS["qwen3"], (9, 4), torch.bfloat16, EXCHANGES["naive"])
+    for found in pair.run(rank_cases.run_broken, case, 2, 6):
+        assert all(torch.equal(one, other) for one, other in found["results"])
+        for op in ("diffulex.moe_combine", "diffulex.moe_dispatch", "_c10d_functional.all_to_all_single"):
+            assert any(op in name for graph in found["graphs"] for name in graph), op
+        assert found["counts"][2] == found["counts"][-1], found["counts"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "memory"),
