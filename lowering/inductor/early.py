@@ -43,8 +43,8 @@ def begins_early(device: torch.device) -> bool:
 def gemm_begins_early(schedule: Schedule, device: torch.device) -> bool:
     """`begins_early` for an expert GEMM.
 
-    Those for many rows do not: beside a kernel that still runs their programs, one for each SM, gain nothing, and lose
-    1 to 2 % (one layer like Qwen3-30B-A3B's at 2048 to 16384 tokens, H100 and H200).
+    Those for many rows do not: beside a kernel that still runs, their programs, one for each SM, gain nothing, and lose
+    up to 2 % (one layer like Qwen3-30B-A3B's, at 4096 tokens on an H100, at 2048 on an H200; `benchmarks/NOTES.md`).
     """
     many_rows = schedule.loop.tma and schedule.block_m >= 128
     return not many_rows and begins_early(device)
