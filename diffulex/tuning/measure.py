@@ -83,14 +83,18 @@ def compile_job(job: Job, *, most_shared: int) -> str:
     variant = variant.scheduled(schedule, depth=shape.depth, strides=tensors["W"].stride())
     top_k = cell.case.shape.top_k if up else 1
     constants = eager.gemm_constants(shape.num_experts, top_k, width=shape.width, schedule=schedule)
-    constants["INDEX_DTYPE"] = eager.index_type(tensors["OUT"])
+    constants |= eager.index_constants(tensors, schedule)
+    if schedule.loop.specialized:
+        refused = eager.specialized_refusal(variant, cell.dtype)
+        if refused is not None:
+            return str(refused)
     try:
         kernel = standalone.compile_only(
             variant.source(),
             tensors,
             name=variant.name,
             constants=constants,
-            num_warps=schedule.num_warps,
+            num_warps=schedule.launched_warps,
             num_stages=schedule.num_stages,
         )
     except Exception as error:  # whatever Triton or ptxas raises

@@ -173,6 +173,11 @@ def is_aligned(node: Any, size: int) -> bool:
     )
 
 
+def calls_python() -> bool:
+    """Whether what is generated of the graph being lowered can call ops that have only a kernel in Python."""
+    return not V.graph.cpp_wrapper
+
+
 def lends_scratch() -> bool:
     """Whether the graph being lowered lends its kernels scratch memory, which descriptors lie in, for every program."""
     return not V.graph.cpp_wrapper or _cpp_wrapper_counts_programs()

@@ -26,6 +26,7 @@ from ..templates.render import ExpertGemmVariant, GradWeightVariant
 from . import _compat
 from .early import begins_early, gemm_begins_early, told
 from .gemm_plan import KERNEL_DTYPES, gemm_shape, pointers_reason, schedule_of, usual_schedule
+from .specialized import lower_specialized, refuses_specialized
 from .unread import rest_unread
 from .unsorted_slots import take_unsorted
 
@@ -139,6 +140,24 @@ def gemm_schedule(weight: Any, rows: Any, *, act: str, with_shared: bool = False
     return schedule_of(rows, shape, device=weight.get_device())
 
 
+def _fitted(
+    schedule: Schedule, variant: ExpertGemmVariant, operands: dict[str, Any], *, shape: GemmShape, rows: Any
+) -> tuple[Schedule, Reason | None]:
+    """The schedule, or the nearest one that these operands [N, D] and [E, J, D] are for and why it is that."""
+    weight = operands["W"]
+    sizes, strides = (tuple(map(_compat.static_size, values)) for values in (weight.get_size(), weight.get_stride()))
+    told = None
+    if schedule.loop.specialized:
+        given = variant.scheduled(schedule, depth=shape.depth, strides=strides)
+        told = refuses_specialized(given, weight.get_dtype()) or _tma_refusal(given, operands)
+        schedule = schedule if told is None else schedule.without_specialized()
+    if schedule.loop.tma:
+        reason = _tma_refusal(variant, operands)
+        return (schedule, told) if reason is None else (schedule.without_tma(), reason)
+    refused = tma_refusal("W", sizes, strides=strides, element_size=shape.element_size)
+    return schedule, pointers_reason(rows, shape, refused=refused, device=weight.get_device())
+
+
 def expert_gemm(
     op: str,
     variant: ExpertGemmVariant,
@@ -164,14 +183,15 @@ def expert_gemm(
         schedule, _ = gemm_schedule(weight, rows, act=variant.act)
     sizes, strides, shape = _weight_shape(weight, variant.act)
     num_experts, _, depth = sizes
-    if schedule.loop.tma:
-        reason = _tma_refusal(variant, {"A": inputs[0], "W": weight})
-        schedule = schedule if reason is None else schedule.without_tma()
-    else:
-        refused = tma_refusal("W", sizes, strides=strides, element_size=shape.element_size)
-        reason = pointers_reason(rows, shape, refused=refused, device=weight.get_device())
-    constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
+    operands = {"A": inputs[0], "W": weight}
+    schedule, reason = _fitted(schedule, variant, operands, shape=shape, rows=rows)
     device = device_spec(weight.get_device().index or 0)
+    predicted = _predicted(rows, shape, schedule=schedule, device=device)
+    if schedule.loop.specialized:
+        unread = rest_unread(_compat.current_fx_node())
+        note(op, f"gluon {op} {schedule}", cost=predicted)
+        return lower_specialized([*inputs[:2], *written], variant=variant, unread=unread, schedule=schedule)
+    constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
     if schedule.loop.tma:
         constants["PROGRAMS"] = device.num_sms
     mutated: list[Any] = []
@@ -205,7 +225,6 @@ def expert_gemm(
         early=early,
     )
     slots = "" if unsorted is None else f", {unsorted}"
-    predicted = _predicted(rows, shape, schedule=schedule, device=device)
     note(op, f"triton {template.name} {schedule}{slots}{told(early)}", reason=reason, cost=predicted)
     return result if out is None else (result, out)
 

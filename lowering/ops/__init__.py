@@ -6,6 +6,7 @@ J = 2I gated, I otherwise. `moe_route -> moe_dispatch -> moe_expert_up -> moe_ex
 `moe_route_linear` the router's product into the first one: passes insert them.
 """
 
+from ._specialized import expert_gemm_specialized
 from .moe_combine import moe_combine
 from .moe_dispatch import moe_dispatch
 from .moe_expert_down import moe_expert_down
@@ -36,6 +37,7 @@ __all__ = [
     "DOWN_OPS",
     "ROUTE_OPS",
     "UP_OPS",
+    "expert_gemm_specialized",
     "moe_combine",
     "moe_dispatch",
     "moe_expert_down",

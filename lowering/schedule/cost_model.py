@@ -23,7 +23,7 @@ from .schedule import GemmShape, Schedule
 # N rows (slots), E experts, D reduction depth, W output width, G weight halves per column, B bytes per element
 N, E, D, W, G, B = sympy.symbols("N E D W G B", positive=True)
 BM, BN, BK, WARPS, STAGES = sympy.symbols("BM BN BK WARPS STAGES", positive=True)
-TMA, FLATTEN, GROUPED = sympy.symbols("TMA FLATTEN GROUPED", nonnegative=True)  # 0 or 1
+TMA, FLATTEN, GROUPED, SPECIALIZED = sympy.symbols("TMA FLATTEN GROUPED SPECIALIZED", nonnegative=True)  # 0 or 1
 SMS, BANDWIDTH, MATRIX, SHARED, L2 = sympy.symbols("SMS BANDWIDTH MATRIX SHARED L2", positive=True)
 
 # What the hardware does to the ideal formulas; fitted by benchmarks/calibrate_cost_model.py to measured sweeps.
@@ -49,6 +49,10 @@ CONSTANTS = {
     "tma_step": 1.97,  # of `step` with tensor descriptors
     "flatten_rate": 0.95,  # matrix rate of a flattened loop
     "flatten_tile": 0.000545,  # of what a tile costs beyond its loop, in a flattened loop
+    "specialized_rate": 0.7,  # of the matrix rate with specialised warps
+    "specialized_step": 1e-7,  # seconds a step costs there beyond its bytes and FLOP
+    "specialized_tile": 1e-6,  # seconds a tile costs there beyond its loop
+    "specialized_rest": 0.4,  # row tiles of an expert there, beside whole ones
 }
 # Row tiles that skewed routing adds, of those that all rows but a first tile make: about so for loads as 1 / rank.
 _SKEW = sympy.Rational(1, 4)
@@ -63,7 +67,8 @@ def _matrix_efficiency() -> sympy.Expr:
     rows = sympy.Piecewise((c["rows16"], BM < 32), (c["rows32"], BM < 64), (c["rows64"], True))
     depth = sympy.Piecewise((c["shallow"], STAGES < 4), (1, True))
     loop = (1 + TMA * (c["tma_rate"] - 1)) * (1 + FLATTEN * (c["flatten_rate"] - 1))
-    return rows * depth * loop * sympy.Min(1, reuse / c["reuse"])
+    usual = rows * depth * loop * sympy.Min(1, reuse / c["reuse"])
+    return sympy.Piecewise((c["specialized_rate"], SPECIALIZED > 0), (usual, True))
 
 
 def _hit() -> sympy.Expr:
@@ -85,7 +90,8 @@ def gemm_time() -> sympy.Expr:
     """Seconds of one launch, in the symbols above and the fitted constants."""
     c = _CONSTANT
     hit = _hit()
-    row_tiles = hit * sympy.Max(1, N / hit / BM + sympy.Rational(1, 2))
+    rest = sympy.Piecewise((c["specialized_rest"], SPECIALIZED > 0), (sympy.Rational(1, 2), True))
+    row_tiles = hit * sympy.Max(1, N / hit / BM + rest)
     programs = row_tiles * sympy.ceiling(W / BN)
 
     shared = (BM + BN * G) * BK * B * STAGES
@@ -101,16 +107,20 @@ def gemm_time() -> sympy.Expr:
     from_l2 = programs * (BN * G + BM) * D * B
     memory = sympy.Max(from_memory / rate, from_l2 / (BANDWIDTH * c["l2_rate"]))
 
-    tile_time = _flop(BM, BN) / (MATRIX / SMS * _matrix_efficiency())
+    # specialised warps multiply 64 rows each, and not those that have none
+    multiplied = sympy.Piecewise((sympy.Min(BM, N / row_tiles + 32), SPECIALIZED > 0), (BM, True))
+    tile_time = _flop(multiplied, BN) / (MATRIX / SMS * _matrix_efficiency())
     matrix = sympy.Max(1, programs / SMS + c["imbalance"]) * tile_time
     waves = sympy.Max(1, programs / (SMS * resident))
-    steps = c["step"] * (1 + TMA * (c["tma_step"] - 1)) * sympy.ceiling(D / BK) * waves
+    step = sympy.Piecewise((c["specialized_step"], SPECIALIZED > 0), (c["step"] * (1 + TMA * (c["tma_step"] - 1)), True))
+    steps = step * sympy.ceiling(D / BK) * waves
     tile = c["wave"] * (1 + FLATTEN * (c["flatten_tile"] - 1)) + GROUPED * (1 - TMA) * c["grouped"]
+    tile = sympy.Piecewise((c["specialized_tile"], SPECIALIZED > 0), (tile, True))
     work = steps + sympy.Max(memory, matrix) + c["overlap"] * sympy.Min(memory, matrix)
     return c["launch"] + TMA * c["descriptors"] + work + tile * waves
 
 
-_SCHEDULE = (BM, BN, BK, WARPS, STAGES, TMA, FLATTEN, GROUPED)
+_SCHEDULE = (BM, BN, BK, WARPS, STAGES, TMA, FLATTEN, GROUPED, SPECIALIZED)
 _DEVICE = (SMS, BANDWIDTH, MATRIX, SHARED, L2)
 ARGUMENTS = (N, E, D, W, G, B, *_SCHEDULE, *_DEVICE)
 
@@ -133,6 +143,7 @@ def arguments(rows: int, shape: GemmShape, *, schedule: Schedule, device: Device
         int(loop.tma),
         int(loop.flatten),
         int(loop.grouped or loop.tma),
+        int(loop.specialized),
         device.num_sms,
         device.bandwidth,
         device.matrix_rate,

@@ -17,12 +17,14 @@ class Loop:
     flatten   the next tile's first loads are issued before a tile is stored (tma)
     subtiles  1 or 2 parts of a tile's columns are stored one after the other (tma)
     grouped   row tiles of an expert share columns of weights in groups (always so with tma)
+    specialized  some warps load and others multiply (tma, tiles of 192 rows, see `Schedule.specialized`)
     """
 
     tma: bool = False
     flatten: bool = False
     subtiles: int = 1
     grouped: bool = False
+    specialized: bool = False
 
     def __str__(self) -> str:
         words = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is True]
@@ -30,6 +32,7 @@ class Loop:
 
 
 PLAIN = Loop()
+SPECIALIZED_ROWS = 192  # of a tile whose warps are specialised: three groups of four warps, of 64 rows each
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -65,7 +68,24 @@ class Schedule:
 
     def without_tma(self) -> Schedule:
         """The same tiles, one a program, with operands loaded by pointers."""
-        return dataclasses.replace(self, loop=Loop(grouped=True))
+        return dataclasses.replace(self.without_specialized(), loop=Loop(grouped=True))
+
+    @classmethod
+    def specialized(cls, *, gated: bool) -> Schedule:
+        """The one schedule with specialised warps; `num_warps` counts those that multiply."""
+        return cls(SPECIALIZED_ROWS, 128 if gated else 256, 64, 12, 4, Loop(tma=True, specialized=True))
+
+    def without_specialized(self) -> Schedule:
+        """The nearest schedule whose warps all load and multiply."""
+        if not self.loop.specialized:
+            return self
+        loop = Loop(tma=True, flatten=True, subtiles=2 if self.block_n == 256 else 1)
+        return dataclasses.replace(self, block_m=128, num_warps=8, loop=loop)
+
+    @property
+    def launched_warps(self) -> int:
+        """Warps that a kernel is launched with: specialised ones add those of the other groups themselves."""
+        return 4 if self.loop.specialized else self.num_warps
 
 
 LOOP_FIELDS = tuple(field.name for field in dataclasses.fields(Loop))

@@ -7,6 +7,7 @@ depend on the batch; nothing here waits for the device.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -59,6 +60,13 @@ def index_type(*tensors: Tensor) -> str:
     return "tl.int64" if any(t.numel() >= 2**31 for t in tensors) else "tl.int32"
 
 
+def index_constants(tensors: Mapping[str, Tensor], schedule: Schedule) -> dict[str, standalone.Constant]:
+    """The constexprs that say how an expert GEMM counts elements of A and OUT, of any shape [N, H] and dtype."""
+    if schedule.loop.specialized:
+        return {"ROW_OFFSET": index_type(tensors["A"]).replace("tl.", "gl.")}
+    return {"INDEX_DTYPE": index_type(tensors["OUT"])}
+
+
 def gemm_grid(rows: int, width: int, *, num_experts: int, schedule: Schedule) -> int:
     """Programs of one expert GEMM: an upper bound without knowing the routing; surplus programs leave at once."""
     row_tiles = min(rows, -(-rows // schedule.block_m) + num_experts + 1)
@@ -75,17 +83,18 @@ def _expert_gemm(
     rows, width = out_NY.shape
     if schedule is None:
         schedule = _planned(variant, tensors)
-    elif schedule.loop.tma and (reason := _tma_refusal(variant, tensors)) is not None:
+    elif (reason := _refusal(variant, tensors, schedule)) is not None:
         raise MoEUnsupportedError.of(
             variant.stage,
-            expected=f"operands that tensor descriptors read, as the schedule {schedule} asks for",
+            expected=f"operands that the schedule {schedule} is for",
             got=str(reason),
-            hint="Pass schedule.without_tma(), or None to have one planned.",
+            hint="Pass schedule.without_tma() or, where that is the reason, schedule.without_specialized(), or None to "
+            "have one planned.",
         )
     variant = dataclasses.replace(variant, by_slot="IDS" in tensors)
     variant = variant.scheduled(schedule, depth=depth, strides=weight_EYX.stride())
     constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
-    constants["INDEX_DTYPE"] = index_type(out_NY)
+    constants |= index_constants(tensors, schedule)
     grid = gemm_grid(rows, width, num_experts=num_experts, schedule=schedule)
     if schedule.loop.tma:
         grid = min(grid, device_spec(out_NY.device.index or 0).num_sms)
@@ -95,7 +104,7 @@ def _expert_gemm(
         name=variant.name,
         constants=constants,
         grid=(grid,),
-        num_warps=schedule.num_warps,
+        num_warps=schedule.launched_warps,
         num_stages=schedule.num_stages,
     )
 
@@ -108,7 +117,12 @@ def _planned(variant: ExpertGemmVariant, tensors: dict[str, Tensor]) -> Schedule
     shape = GemmShape(num_experts, depth, width, is_gated(variant.act), weight_EYX.element_size())
     max_ranges = 1 if is_batch_invariant() else MAX_RANGES
     schedule = schedule_for(rows, shape, device=device, max_ranges=max_ranges)
-    if schedule.loop.tma and (reason := _tma_refusal(variant, tensors)) is not None:
+    reason = _refusal(variant, tensors, schedule)
+    if reason is not None and schedule.loop.specialized:
+        record("plan", variant.stage, layer="", outcome="no specialised warps", reason=reason)
+        schedule = schedule.without_specialized()
+        reason = _refusal(variant, tensors, schedule)
+    if reason is not None:
         if is_batch_invariant():  # the same tiles: an address may be that of a part of a batch
             schedule = schedule.without_tma()
         else:
@@ -117,9 +131,20 @@ def _planned(variant: ExpertGemmVariant, tensors: dict[str, Tensor]) -> Schedule
     return schedule
 
 
-def _tma_refusal(variant: ExpertGemmVariant, tensors: dict[str, Tensor]) -> Reason | None:
+def _refusal(variant: ExpertGemmVariant, tensors: dict[str, Tensor], schedule: Schedule) -> Reason | None:
+    """Why a schedule is not for these tensors, or None."""
+    if not schedule.loop.tma:
+        return None
     if device_spec(tensors["W"].device.index or 0).capability < (9, 0):
         return Reason(ReasonCode.CAPABILITY, "tensor descriptors need sm_90 or newer")
+    variant = variant.scheduled(schedule, depth=tensors["W"].shape[-1], strides=tensors["W"].stride())
+    if schedule.loop.specialized:
+        reason = specialized_refusal(variant, tensors["W"].dtype)
+        num_experts, rows = tensors["W"].shape[0], tensors["OUT"].shape[0]
+        if reason is None and (rows // schedule.block_m + num_experts) * power_of_two(num_experts) >= 2**31:
+            reason = Reason(ReasonCode.SHAPE, f"{rows} rows are more than specialised warps count")
+        if reason is not None:
+            return reason
     for name in variant.described:
         tensor = tensors[name]
         if tensor.data_ptr() % TMA_ALIGNMENT:
@@ -131,6 +156,16 @@ def _tma_refusal(variant: ExpertGemmVariant, tensors: dict[str, Tensor]) -> Reas
     return None
 
 
+def specialized_refusal(variant: ExpertGemmVariant, dtype: torch.dtype) -> Reason | None:
+    """Why no kernel with specialised warps is of a scheduled variant over operands of a dtype, or None."""
+    kinds = variant.unlike_specialized()
+    if dtype.itemsize != 2:
+        kinds = (*kinds, str(dtype))
+    if kinds:
+        return Reason(ReasonCode.SHAPE, f"specialised warps do not multiply what is {' and '.join(kinds)}")
+    return standalone.gluon_refusal()
+
+
 def gemm_constants(num_experts: int, top_k: int, *, width: int, schedule: Schedule) -> dict[str, standalone.Constant]:
     """The constexprs of the expert GEMMs."""
     loop: dict[str, standalone.Constant] = {}
@@ -138,6 +173,8 @@ def gemm_constants(num_experts: int, top_k: int, *, width: int, schedule: Schedu
         loop["GROUP_M"] = schedule.group_m
     if schedule.loop.tma:
         loop["STORE_N"] = schedule.block_n // schedule.loop.subtiles
+    if schedule.loop.specialized:
+        loop["NUM_STAGES"] = schedule.num_stages
     return {
         "NUM_EXPERTS": num_experts,
         # a warp has 32 lanes: fewer experts are found by code that ptxas takes for divergent, main loop and all
@@ -202,6 +239,30 @@ def moe_expert_down(
         tensors["BIAS"] = b2_EH
     _expert_gemm(variant, tensors, 1, schedule)
     return out_NH
+
+
+def expert_gemm_specialized(
+    a: Tensor,
+    weight_EYX: Tensor,
+    order_N: Tensor,
+    offsets_E1: Tensor,
+    *,
+    act: str,
+    up: bool,
+    unread: bool,
+    schedule: Schedule,
+) -> Tensor:
+    """CUDA kernel of `diffulex::_expert_gemm_specialized`: `moe_expert_up` of a [T, H] or `moe_expert_down` of a [N, I],
+    fp16 or bf16, by a schedule given; with `unread` rows of no expert are left as they are.
+    """
+    rows = order_N.numel()
+    variant = up_variant(a.dtype, act=canonical(act), bias=False) if up else down_variant(a.dtype, bias=False)
+    width = intermediate_size(variant.act, weight_EYX.shape[1]) if up else weight_EYX.shape[1]
+    out_NY = a.new_empty(rows, width)
+    tensors = {"A": a, "W": weight_EYX, "OUT": out_NY, "ORDER": order_N, "OFFSETS": offsets_E1}
+    top_k = max(1, rows // max(1, a.shape[0])) if up else 1
+    _expert_gemm(dataclasses.replace(variant, unread=unread), tensors, top_k, schedule)
+    return out_NY
 
 
 def moe_expert_grad_weight(

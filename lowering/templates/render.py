@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import re
 from importlib import resources
 
 import jinja2
 
 from ..activation import IDENTITY, canonical, is_gated, to_triton
-from ..schedule.schedule import PLAIN, Loop, Schedule, is_transposed
+from ..schedule.schedule import PLAIN, SPECIALIZED_ROWS, Loop, Schedule, is_transposed
 
 # angle brackets: the host's hooks keep jinja's braces
 _ENVIRONMENT = jinja2.Environment(
@@ -85,8 +86,10 @@ class ExpertGemmVariant:
 
     @property
     def described(self) -> tuple[str, ...]:
-        """The operands that come through tensor descriptors where the loop takes them: gathered rows cannot."""
-        return ("W",) if self.gather else ("W", "A")
+        """The operands laid out for tensor descriptors where the loop takes them: gathered rows cannot come by one, but
+        specialised warps copy as much at once.
+        """
+        return ("W",) if self.gather and not self.loop.specialized else ("W", "A")
 
     @functools.cache  # noqa: B019  a few schedules a model, and eager mode asks with every call
     def scheduled(self, schedule: Schedule, *, depth: int, strides: tuple[int, ...]) -> ExpertGemmVariant:
@@ -108,9 +111,11 @@ class ExpertGemmVariant:
             apart = self.bias or self.interleaved or self.transposed or self.loop.tma or self.unread
             assert not apart, "a shared expert has none of these"
             arguments += ["SHARED_A", "SHARED_W", *(["SHARED_UP"] if gated else []), "SHARED_OUT"]
+        if self.loop.specialized:
+            return self._specialized(arguments)
         masks = ["w_inside"] if self.transposed else []
         masks += [] if self.even_k else ["(k0 + k < WIDTH_K)[:, None]"]
-        act = None if self.act == IDENTITY else to_triton(self.act, gate="acc", up="acc_up")
+        act = self.act_text(gate="acc", up="acc_up")
         return _render(
             "moe_expert_gemm_tma" if self.loop.tma else "moe_expert_gemm",
             arguments=", ".join(f'"{name}"' for name in arguments),
@@ -139,6 +144,34 @@ class ExpertGemmVariant:
             flatten=self.loop.flatten,
             functions=_render("moe_activation_functions", act=act),
         )
+
+    def unlike_specialized(self) -> tuple[str, ...]:
+        """What of this variant no kernel with specialised warps knows."""
+        kinds = ("bias", "interleaved", "transposed", "shared", "sorts", "by_slot")
+        ragged = ("not whole steps deep",) if self.gather and not self.even_k else ()
+        return (*(kind for kind in kinds if getattr(self, kind)), *ragged)
+
+    def _specialized(self, arguments: list[str]) -> str:
+        assert not self.unlike_specialized(), "what plans a schedule asks for this before"
+        gated, parts = is_gated(self.act), SPECIALIZED_ROWS // 64
+        sums = ("acc",) if gated else ("acc", "acc_up")
+        results = [self.act_text(gate=name, up="acc_up") or name for name in sums]
+        functions = _render("moe_activation_functions", act=results[0])
+        return _render(
+            "moe_expert_gemm_specialized",
+            arguments=", ".join(f'"{name}"' for name in arguments),
+            gather=self.gather,
+            scatter=self.scatter,
+            gated=gated,
+            results=[_in_gluon(text) for text in results],
+            unread=self.unread,
+            parts=parts,
+            functions=_in_gluon(functions) + (_SIGMOID if "sigmoid(" in results[0] else ""),
+        )
+
+    def act_text(self, *, gate: str, up: str) -> str | None:
+        """The activation as an expression of Triton, None for the identity."""
+        return None if self.act == IDENTITY else to_triton(self.act, gate=gate, up=up)
 
     @property
     def name(self) -> str:
@@ -176,6 +209,20 @@ class GradWeightVariant:
     def name(self) -> str:
         """A kernel name that is the same for the same text."""
         return f"moe_expert_grad_weight_{int(self.left_index)}{int(self.right_index)}_{self.precision}"
+
+
+_SIGMOID = """
+
+@gluon.jit
+def _sigmoid(x):
+    return 1 / (1 + gl.exp(-x))
+"""
+
+
+def _in_gluon(text: str) -> str:
+    """An expression or functions of Triton in Gluon, which has no sigmoid."""
+    text = text.replace("@triton.jit", "@gluon.jit").replace("tl.sigmoid(", "_sigmoid(")
+    return re.sub(r"\btl\.(?!PropagateNan)", "gl.", text)
 
 
 def _render(template: str, **values: object) -> str:

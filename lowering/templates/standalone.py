@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import shutil
 import tempfile
@@ -22,11 +23,14 @@ import torch
 from torch import Tensor
 
 from ..after_import import after_import
+from ..errors import Reason, ReasonCode
 from .scratch import lend_memory
 
 Constant = int | float | bool | str
 
-_HEADER = "import triton\nimport triton.language as tl\n\n\n@triton.jit\n"
+_IMPORTS = "import triton\nimport triton.language as tl\n\n\n"
+_DEF_KERNEL = "<DEF_KERNEL>"
+_GLUON_VERSIONS = ("3.6.", "3.7.")
 OUTPUT = "OUT"
 
 
@@ -42,7 +46,7 @@ class _Hooks:
 
     def def_kernel(self, *names: str) -> str:
         self.pointers = names
-        return "<DEF_KERNEL>"
+        return _DEF_KERNEL
 
     def _integer(self, kind: str, name: str, dim: int) -> str:
         entry = (kind, name, dim)
@@ -74,8 +78,11 @@ class _Hooks:
     def finish(self, body: str) -> str:
         arguments = [*self.pointers, OUTPUT, *(f"{kind}_{name}_{dim}" for kind, name, dim in self.integers)]
         lines = [f"def {self.kernel_name}({', '.join(arguments)}):"]
-        lines += [f"    {name}: tl.constexpr = {value}" for name, value in self.constants.items()]
-        return _HEADER + body.replace("<DEF_KERNEL>", "\n".join(lines), 1) + "\n"
+        header = _IMPORTS
+        if body.startswith(_DEF_KERNEL):  # else the text has a decorator and constants of its own
+            header += "@triton.jit\n"
+            lines += [f"    {name}: tl.constexpr = {value}" for name, value in self.constants.items()]
+        return header + body.replace(_DEF_KERNEL, "\n".join(lines), 1) + "\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +116,16 @@ def render(text: str, name: str, *, constants: tuple[tuple[str, Constant], ...],
         **dict(constants),
     )
     return StandaloneKernel(hooks.kernel_name, hooks.finish(body), hooks.pointers, tuple(hooks.integers))
+
+
+@functools.cache
+def gluon_refusal() -> Reason | None:
+    """Why texts in Gluon, an experimental language of Triton, cannot be compiled here, or None."""
+    version = importlib.metadata.version("triton")
+    if not version.startswith(_GLUON_VERSIONS):
+        known = " and ".join(found.rstrip(".") for found in _GLUON_VERSIONS)
+        return Reason(ReasonCode.ABSENT, f"Gluon as of triton {known}, which is not that of triton {version}")
+    return None
 
 
 @functools.cache

@@ -1,0 +1,32 @@
+"""Expert GEMMs whose warps are specialised: their kernel is in Gluon, which Inductor's templates do not hold, so that a
+graph calls it as an op of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..errors import Reason, ReasonCode
+from ..ops import expert_gemm_specialized
+from ..schedule.schedule import Schedule, numbers_of
+from ..templates.eager import specialized_refusal
+from ..templates.render import ExpertGemmVariant
+from . import _compat
+
+
+def refuses_specialized(variant: ExpertGemmVariant, dtype: torch.dtype) -> Reason | None:
+    """Why the graph being lowered cannot call such a kernel of a scheduled variant over operands of a dtype, or
+    None.
+    """
+    if not _compat.calls_python():
+        return Reason(ReasonCode.WRAPPER, "the C++ wrapper has no kernels in Gluon")
+    return specialized_refusal(variant, dtype)
+
+
+def lower_specialized(inputs: list[Any], *, variant: ExpertGemmVariant, unread: bool, schedule: Schedule) -> Any:
+    """The call, of IR nodes A, W, ORDER and OFFSETS; [N, I] or [N, H]."""
+    return _compat.fallback(
+        expert_gemm_specialized, *inputs, variant.act, variant.gather, unread, list(numbers_of(schedule))
+    )
