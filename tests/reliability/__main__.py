@@ -5,8 +5,8 @@ for one GPU, under 15 minutes; most of it is compilation, so several processes s
 into docs/reliability.md, with date and device. Fails where some figure is not what is asked, and where a process that
 runs tests does not end by itself. `tests/reliability/rows.py` says which tests each figure is read off.
 
-Where no command may take that long: `--gpu --log FOLDER --seconds 500`, again until nothing is left. What passed before
-in that folder is not run again, so it has to be of the same code.
+`--log FOLDER` keeps how each test of this run ended, and with `--gpu` what the processes printed. `--gpu --seconds 500`
+ends a run that takes longer; a test that was not run or did not end by then does not count as shown.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--gpu", action="store_true", help="the part for a GPU")
     parser.add_argument("--write", action="store_true", help="into docs/reliability.md")
     parser.add_argument("--workers", type=int, help="processes at a time: 2; --gpu: half as many as cores, 8 at most")
-    parser.add_argument("--log", type=Path, help="keep what tests print and how they end in this folder")
+    parser.add_argument("--log", type=Path, help="keep in this folder how tests end; --gpu: and what they print")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="on a GPU: end after these")
     parser.add_argument(
         "--no-faults", action="store_true", help="without the seeded faults, whose line is left out then"
@@ -148,7 +148,7 @@ def measured(options: argparse.Namespace, folder: Path) -> list[Line]:
     found = [*lines(rows, run.results), processes(run)]
     if part == "cpu" and not options.no_faults:
         found.append(faults(options.workers))
-    return [*found, duration(time.monotonic() - start + run.earlier, part)]
+    return [*found, duration(time.monotonic() - start, part)]
 
 
 def main() -> int:

@@ -13,34 +13,29 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .recording import claim
 from .results import Results, read
 
 ROOT = Path(__file__).resolve().parents[2]
 LAST = 60  # seconds that a test which has begun is given, where there is a limit
-_OF_RUNS = "[0-9]*-*"  # files: the number of a run, and that of a process
 _ENDS = (0, 1)  # of pytest: no test failed, some did
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the tests said, how many processes ran them, what became of those that did not end by themselves, and how
-    many seconds earlier runs took.
-    """
+    """What the tests said, how many processes ran them, and what became of those that did not end by themselves."""
 
     results: Results
     processes: int
     ended: tuple[str, ...] = ()
-    earlier: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How tests are run.
 
-    workers: processes at a time. folder: where each process leaves its results and what it printed; of earlier runs
-    there, tests that passed are not run again. seconds: after them all processes are ended, and in the last minute
-    before no test begins. whole: files whose tests are run by one process.
+    workers: processes at a time. folder: where each process leaves its results and what it printed, in the place of
+    what an earlier run left there. seconds: after them all processes are ended, and in the last minute before no test
+    begins. whole: files whose tests are run by one process.
     """
 
     workers: int
@@ -75,17 +70,14 @@ def by_xdist(tests: Sequence[str], marker: str, options: Options) -> Run:
 
 def shared(tests: Sequence[str], marker: str, options: Options) -> Run:
     """In several processes, each of which takes the next test that none has begun."""
-    files = sorted(options.folder.glob(f"{_OF_RUNS}.jsonl"))
-    number = int(files[-1].name.partition("-")[0]) + 1 if files else 0
-    before, earlier, end = read(files), _seconds(options.folder), time.time() + options.seconds
-    (options.folder / f"{number:03d}-begun").touch()
+    for file in options.folder.glob("process-[0-9]*"):  # of an earlier run, whose results are not this one's
+        file.unlink()
+    end = time.time() + options.seconds
     with tempfile.TemporaryDirectory() as claims, contextlib.ExitStack() as stack:
-        for node in before.that("passed"):
-            claim(claims, node)
         more = [f"--share={claims}", f"--until={end - LAST}", *(f"--whole={file}" for file in options.whole)]
         found = []
         for worker in range(options.workers):
-            name = options.folder / f"{number:03d}-{worker}"
+            name = options.folder / f"process-{worker}"
             line = [*command(once(tests), marker, record=name.with_suffix(".jsonl")), *more]
             found.append((name, stack.enter_context(_started(line, name.with_suffix(".log"), options.workers))))
         try:
@@ -94,15 +86,7 @@ def shared(tests: Sequence[str], marker: str, options: Options) -> Run:
             for _, process in found:
                 if process.poll() is None:
                     process.send_signal(signal.SIGINT)  # so that it ends what its test has started
-    return Run(read(sorted(options.folder.glob(f"{_OF_RUNS}.jsonl"))), options.workers, ended, earlier)
-
-
-def _seconds(folder: Path) -> float:
-    """What the runs took that left their files in a folder, those that were ended from outside included."""
-    times: dict[str, list[float]] = {}
-    for file in folder.glob(_OF_RUNS):
-        times.setdefault(file.name.partition("-")[0], []).append(file.stat().st_mtime)
-    return sum(max(found) - min(found) for found in times.values())
+    return Run(read(sorted(options.folder.glob("process-[0-9]*.jsonl"))), options.workers, ended)
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ HANGS = "import time\ndef test_hangs(): time.sleep(60)\n"
 
 
 def run_of(folder, *, workers=2, seconds=math.inf, **texts):
-    """What processes say of test files with these texts, and a second time in the same folder."""
+    """What processes say of test files with these texts, whose log is always the same folder."""
     log = folder / "log"
     log.mkdir(exist_ok=True)
     for name, text in texts.items():
@@ -135,30 +135,38 @@ def names(found, ended):
     return sorted(node.partition("::")[2] for node in found.results.that(ended))
 
 
-def begun(log, number):
-    """The tests that the processes of a run have begun."""
-    told = [json.loads(line) for file in log.glob(f"{number:03d}-*.jsonl") for line in file.read_text().splitlines()]
+def begun(log):
+    """The tests that the processes have begun."""
+    told = [json.loads(line) for file in log.glob("*.jsonl") for line in file.read_text().splitlines()]
     return sorted(line["node"].partition("::")[2] for line in told if line["ended"] == "begun")
 
 
 def test_processes_share_tests_and_die(tmp_path):
-    """What is lost is one test, and who lost it is named; the next run has the rest alone."""
+    """What is lost is one test, and who lost it is named."""
     found = run_of(tmp_path, dies=DIES, shared=TESTS, whole=WHOLE)
     log = tmp_path / "log"
     assert names(found, "passed") == ["test_one", *(f"test_shared[{n}]" for n in range(6)), "test_two"]
     assert (names(found, "failed"), names(found, "skipped")) == (["test_teardown"], ["test_skipped"])
     assert names(found, "begun") == ["test_dies"]
     (told,) = found.ended
-    assert re.fullmatch("000-[01] ended with signal 9", told) and told in table([processes(found)], head="")
+    assert re.fullmatch("process-[01] ended with signal 9", told) and told in table([processes(found)], head="")
     assert not processes(found)[3] and processes(dataclasses.replace(found, ended=()))[3]
     assert sorted(found.results.numbers("number")) == list(range(6))
     assert len(set(found.results.numbers("process"))) == 1
-    assert "1 error" in "".join(file.read_text() for file in log.glob("000-*.log"))
-    assert begun(log, 0) == sorted(case.node.partition("::")[2] for case in found.results.cases)  # each once
-    again = run_of(tmp_path, workers=1, dies="def test_dies(): pass", shared=TESTS, whole=WHOLE)
-    assert names(again, "passed") == ["test_dies", *names(found, "passed")] and again.earlier > 1
-    assert (names(again, "failed"), again.ended) == (["test_teardown"], ())
-    assert begun(log, 1) == ["test_dies", "test_skipped", "test_teardown"]
+    assert "1 error" in "".join(file.read_text() for file in log.glob("*.log"))
+    assert begun(log) == sorted(case.node.partition("::")[2] for case in found.results.cases)  # each once
+
+
+def test_a_run_begins_anew(tmp_path):
+    """What passed in an earlier run is run again, and what that one said or printed is in no later table."""
+    run_of(
+        tmp_path, fails="def test_fails(): assert False", passes="def test_passes(): pass", gone="def test_gone(): pass"
+    )
+    (tmp_path / "log" / "notes").touch()
+    again = run_of(tmp_path, workers=1, fails="def test_fails(): pass", passes="def test_passes(): assert False")
+    assert (names(again, "passed"), names(again, "failed")) == (["test_fails"], ["test_passes"])
+    assert len(again.results.cases) == 2 and begun(tmp_path / "log") == ["test_fails", "test_passes"]
+    assert {file.name for file in (tmp_path / "log").iterdir()} == {"notes", "process-0.jsonl", "process-0.log"}
 
 
 def test_a_file_as_a_whole_is_taken_by_one_process(tmp_path):
@@ -171,7 +179,7 @@ def test_processes_end_after_their_time(tmp_path, monkeypatch):
     monkeypatch.setattr(running, "LAST", 0)
     found = run_of(tmp_path, workers=1, seconds=6.0, hangs=HANGS, late="def test_late(): pass")
     assert (names(found, "begun"), names(found, "left")) == (["test_hangs"], ["test_late"])
-    assert found.ended == ("000-0 was ended after its time",)
+    assert found.ended == ("process-0 was ended after its time",)
     assert found.results.problem([case.node for case in found.results.cases]).startswith("1 begun and not ended")
 
 
