@@ -14,7 +14,7 @@ from lowering.activation import canonical, is_gated
 from lowering.schedule.cost_model import predict
 from lowering.schedule.device import DeviceSpec
 from lowering.schedule.plan import candidates, exact_schedule, plan, range_of, schedule_for
-from lowering.schedule.schedule import GemmShape, Schedule, tma_refusal
+from lowering.schedule.schedule import GemmShape, Schedule
 
 from ..benching.shapes import Case
 
@@ -57,11 +57,8 @@ def cells_of(cases: Iterable[Case], tokens: Sequence[int], *, dtype: torch.dtype
 def gemm_of(case: Case, stage: str, *, dtype: torch.dtype) -> GemmShape:
     """The GEMM of a stage of a layer, "up" or "down", with weights in a dtype."""
     weight = weights_of(case, stage, dtype=dtype, device="meta")
-    num_experts, rows, depth = weight.shape
     gated = stage == "up" and is_gated(case.spec.act)
-    size = dtype.itemsize
-    descriptors = tma_refusal("W", tuple(weight.shape), strides=weight.stride(), element_size=size) is None
-    return GemmShape(num_experts, depth, rows // 2 if gated else rows, gated, size, descriptors)
+    return GemmShape.of_weight(tuple(weight.shape), weight.stride(), gated=gated, element_size=dtype.itemsize)
 
 
 def weights_of(case: Case, stage: str, *, dtype: torch.dtype, device: torch.device | str) -> Tensor:

@@ -85,7 +85,7 @@ def compile_job(job: Job, *, most_shared: int) -> str:
     constants = eager.gemm_constants(shape.num_experts, top_k, width=shape.width, schedule=schedule)
     constants |= eager.index_constants(tensors, schedule)
     if schedule.loop.specialized:
-        refused = eager.specialized_refusal(variant, cell.dtype)
+        refused = eager.specialized_refusal(variant, shape)
         if refused is not None:
             return str(refused)
     try:

@@ -13,27 +13,19 @@ from typing import Any
 
 import torch
 
-from ..activation import IDENTITY, is_gated
+from ..activation import is_gated
 from ..errors import Reason
 from ..graph.dataflow import arguments, is_op
 from ..ops import DOWN_OPS, UP_OPS
 from ..report import layer_of, record
 from ..schedule.device import DeviceSpec, device_spec
 from ..schedule.plan import MAX_RANGES, exact_schedule, plan, range_of, schedule_for
-from ..schedule.schedule import GemmShape, RowRange, Schedule, tma_refusal
+from ..schedule.schedule import GemmShape, RowRange, Schedule
 from ..schedule.tuned import told
 from ..state import is_batch_invariant
 from . import _compat
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of what generated kernels multiply
-
-
-def gemm_shape(sizes: tuple[int, ...], strides: tuple[int, ...], *, act: str, element_size: int) -> GemmShape:
-    """The shape of a GEMM over a weight [E, rows, depth]; gated activations halve the output width."""
-    num_experts, weight_rows, depth = sizes
-    gated = is_gated(act)
-    descriptors = tma_refusal("W", sizes, strides=strides, element_size=element_size) is None
-    return GemmShape(num_experts, depth, weight_rows // 2 if gated else weight_rows, gated, element_size, descriptors)
 
 
 def _shape_of(node: torch.fx.Node) -> GemmShape | None:
@@ -43,8 +35,8 @@ def _shape_of(node: torch.fx.Node) -> GemmShape | None:
     value = given["w13" if is_up else "w2"].meta.get("val")
     if value is None or not all(isinstance(size, int) for size in (*value.shape, *value.stride())):
         return None
-    act = given["act"] if is_up else IDENTITY
-    return gemm_shape(tuple(value.shape), tuple(value.stride()), act=act, element_size=value.element_size())
+    gated, element_size = is_up and is_gated(given["act"]), value.element_size()
+    return GemmShape.of_weight(tuple(value.shape), tuple(value.stride()), gated=gated, element_size=element_size)
 
 
 def _siblings(offsets: torch.fx.Node) -> tuple[GemmShape, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import ops  # noqa: F401  the ops have to exist
-from ..activation import IDENTITY, canonical, intermediate_size
+from ..activation import IDENTITY, canonical, intermediate_size, is_gated
 from ..errors import Reason, ReasonCode
 from ..graph.uncovered import note_uncovered
 from ..report import OWN_KERNEL, Cost, layer_of, record
@@ -25,7 +25,7 @@ from ..templates.eager import dot_precision, down_variant, gemm_constants, power
 from ..templates.render import ExpertGemmVariant, GradWeightVariant
 from . import _compat
 from .early import begins_early, gemm_begins_early, told
-from .gemm_plan import KERNEL_DTYPES, gemm_shape, pointers_reason, schedule_of, usual_schedule
+from .gemm_plan import KERNEL_DTYPES, pointers_reason, schedule_of, usual_schedule
 from .specialized import lower_specialized, refuses_specialized
 from .unread import rest_unread
 from .unsorted_slots import take_unsorted
@@ -126,7 +126,8 @@ class SharedTiles:
 def _weight_shape(weight: Any, act: str) -> tuple[tuple[int, ...], tuple[int, ...], GemmShape]:
     """(sizes, strides, the shape of the GEMM) of weights [E, J, H]."""
     sizes, strides = (tuple(map(_compat.static_size, values)) for values in (weight.get_size(), weight.get_stride()))
-    return sizes, strides, gemm_shape(sizes, strides, act=act, element_size=weight.get_dtype().itemsize)
+    element_size = weight.get_dtype().itemsize
+    return sizes, strides, GemmShape.of_weight(sizes, strides, gated=is_gated(act), element_size=element_size)
 
 
 def gemm_schedule(weight: Any, rows: Any, *, act: str, with_shared: bool = False) -> tuple[Schedule, int | None]:
@@ -149,7 +150,7 @@ def _fitted(
     told = None
     if schedule.loop.specialized:
         given = variant.scheduled(schedule, depth=shape.depth, strides=strides)
-        told = refuses_specialized(given, weight.get_dtype()) or _tma_refusal(given, operands)
+        told = refuses_specialized(given, shape) or _tma_refusal(given, operands)
         schedule = schedule if told is None else schedule.without_specialized()
     if schedule.loop.tma:
         reason = _tma_refusal(variant, operands)

@@ -6,23 +6,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ..errors import Reason, ReasonCode
 from ..ops import expert_gemm_specialized
-from ..schedule.schedule import Schedule, numbers_of
+from ..schedule.schedule import GemmShape, Schedule, numbers_of
 from ..templates.eager import specialized_refusal
 from ..templates.render import ExpertGemmVariant
 from . import _compat
 
 
-def refuses_specialized(variant: ExpertGemmVariant, dtype: torch.dtype) -> Reason | None:
-    """Why the graph being lowered cannot call such a kernel of a scheduled variant over operands of a dtype, or
-    None.
-    """
+def refuses_specialized(variant: ExpertGemmVariant, shape: GemmShape) -> Reason | None:
+    """Why the graph being lowered cannot call such a kernel of a scheduled variant of this shape, or None."""
     if not _compat.calls_python():
         return Reason(ReasonCode.WRAPPER, "the C++ wrapper has no kernels in Gluon")
-    return specialized_refusal(variant, dtype)
+    return specialized_refusal(variant, shape)
 
 
 def lower_specialized(inputs: list[Any], *, variant: ExpertGemmVariant, unread: bool, schedule: Schedule) -> Any:

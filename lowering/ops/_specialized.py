@@ -19,7 +19,8 @@ from ._library import LIBRARY, NAMESPACE
 _NAME = "_expert_gemm_specialized"
 
 LIBRARY.define(
-    f"{_NAME}(Tensor a, Tensor weight, Tensor order, Tensor offsets, str act, bool up, bool unread, int[] schedule) -> Tensor",
+    f"{_NAME}(Tensor a, Tensor weight, Tensor order, Tensor offsets,"
+    " str act, bool up, bool unread, int[] schedule) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 

@@ -50,9 +50,8 @@ CONSTANTS = {
     "flatten_rate": 0.95,  # matrix rate of a flattened loop
     "flatten_tile": 0.000545,  # of what a tile costs beyond its loop, in a flattened loop
     "specialized_rate": 0.7,  # of the matrix rate with specialised warps
-    "specialized_step": 1e-7,  # seconds a step costs there beyond its bytes and FLOP
-    "specialized_tile": 1e-6,  # seconds a tile costs there beyond its loop
-    "specialized_rest": 0.4,  # row tiles of an expert there, beside whole ones
+    "specialized_overlap": 0.1,  # `overlap` there; steps and tiles cost nothing beyond their bytes and FLOP
+    "specialized_rest": 0.25,  # row tiles of an expert there, beside whole ones
 }
 # Row tiles that skewed routing adds, of those that all rows but a first tile make: about so for loads as 1 / rank.
 _SKEW = sympy.Rational(1, 4)
@@ -112,12 +111,12 @@ def gemm_time() -> sympy.Expr:
     tile_time = _flop(multiplied, BN) / (MATRIX / SMS * _matrix_efficiency())
     matrix = sympy.Max(1, programs / SMS + c["imbalance"]) * tile_time
     waves = sympy.Max(1, programs / (SMS * resident))
-    step = sympy.Piecewise((c["specialized_step"], SPECIALIZED > 0), (c["step"] * (1 + TMA * (c["tma_step"] - 1)), True))
-    steps = step * sympy.ceiling(D / BK) * waves
+    step = c["step"] * (1 + TMA * (c["tma_step"] - 1)) * sympy.ceiling(D / BK)
     tile = c["wave"] * (1 + FLATTEN * (c["flatten_tile"] - 1)) + GROUPED * (1 - TMA) * c["grouped"]
-    tile = sympy.Piecewise((c["specialized_tile"], SPECIALIZED > 0), (tile, True))
-    work = steps + sympy.Max(memory, matrix) + c["overlap"] * sympy.Min(memory, matrix)
-    return c["launch"] + TMA * c["descriptors"] + work + tile * waves
+    waiting = sympy.Piecewise((0, SPECIALIZED > 0), ((step + tile) * waves, True))
+    overlap = sympy.Piecewise((c["specialized_overlap"], SPECIALIZED > 0), (c["overlap"], True))
+    work = sympy.Max(memory, matrix) + overlap * sympy.Min(memory, matrix)
+    return c["launch"] + TMA * c["descriptors"] + work + waiting
 
 
 _SCHEDULE = (BM, BN, BK, WARPS, STAGES, TMA, FLATTEN, GROUPED, SPECIALIZED)

@@ -50,7 +50,7 @@ def _descriptor_schedules(shape: GemmShape, device: DeviceSpec) -> Iterator[Sche
             loop = Loop(tma=True, flatten=flatten, subtiles=2 if flatten and block_n == 256 else 1)
             group_m = 16 if shape.gated else 8  # with halves twice as wide, a wave's square has twice the row tiles
             yield Schedule(block_m, block_n, block_k, block_m // 16, num_stages, loop, group_m)
-    if device.capability[0] == 9:  # its products are those of sm_90 alone
+    if device.capability[0] == 9 and not shape.unlike_specialized():  # products of sm_90 alone
         yield Schedule.specialized(gated=shape.gated)
 
 

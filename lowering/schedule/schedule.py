@@ -109,6 +109,7 @@ class GemmShape:
     """One expert GEMM: E experts, reduction depth, output width, gated (two weight halves per column), bytes.
 
     descriptors: whether its operands can be read through tensor descriptors, where the device has them.
+    rows_follow: whether all rows of its weights follow one another, as specialised warps take them.
     accumulators: fp32 registers of a thread that its tiles may take, beside what else the kernel keeps.
     """
 
@@ -119,6 +120,30 @@ class GemmShape:
     element_size: int = 2
     descriptors: bool = True
     accumulators: int = 128
+    rows_follow: bool = True
+
+    @classmethod
+    def of_weight(
+        cls, sizes: tuple[int, ...], strides: tuple[int, ...], *, gated: bool, element_size: int
+    ) -> GemmShape:
+        """That of weights [E, J, H]; a gated activation takes two of its rows for a column."""
+        num_experts, rows, depth = sizes
+        descriptors = tma_refusal("W", sizes, strides=strides, element_size=element_size) is None
+        follow = strides[-1] == 1 and strides[0] == rows * strides[1]
+        width = rows // 2 if gated else rows
+        return cls(num_experts, depth, width, gated, element_size, descriptors, rows_follow=follow)
+
+    def unlike_specialized(self) -> tuple[str, ...]:
+        """What of this shape the schedule with specialised warps is not for."""
+        schedule = Schedule.specialized(gated=self.gated)
+        found = {
+            f"in {self.element_size} bytes": self.element_size != 2,
+            "not through descriptors": not self.descriptors,
+            "of weight rows that do not follow one another": not self.rows_follow,
+            f"{self.depth} deep": self.depth % schedule.block_k != 0,
+            f"{self.width} wide": self.width % schedule.block_n != 0,
+        }
+        return tuple(words for words, holds in found.items() if holds)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,10 +111,8 @@ def _expert_gemm(
 
 def _planned(variant: ExpertGemmVariant, tensors: dict[str, Tensor]) -> Schedule:
     """The schedule for these tensors; addresses and strides are looked at where descriptors would read them."""
-    weight_EYX, (rows, width) = tensors["W"], tensors["OUT"].shape
-    device = device_spec(weight_EYX.device.index or 0)
-    num_experts, _, depth = weight_EYX.shape
-    shape = GemmShape(num_experts, depth, width, is_gated(variant.act), weight_EYX.element_size())
+    rows, shape = tensors["OUT"].shape[0], dataclasses.replace(_shape_of(variant, tensors), descriptors=True)
+    device = device_spec(tensors["W"].device.index or 0)
     max_ranges = 1 if is_batch_invariant() else MAX_RANGES
     schedule = schedule_for(rows, shape, device=device, max_ranges=max_ranges)
     reason = _refusal(variant, tensors, schedule)
@@ -139,7 +137,7 @@ def _refusal(variant: ExpertGemmVariant, tensors: dict[str, Tensor], schedule: S
         return Reason(ReasonCode.CAPABILITY, "tensor descriptors need sm_90 or newer")
     variant = variant.scheduled(schedule, depth=tensors["W"].shape[-1], strides=tensors["W"].stride())
     if schedule.loop.specialized:
-        reason = specialized_refusal(variant, tensors["W"].dtype)
+        reason = specialized_refusal(variant, _shape_of(variant, tensors))
         num_experts, rows = tensors["W"].shape[0], tensors["OUT"].shape[0]
         if reason is None and (rows // schedule.block_m + num_experts) * power_of_two(num_experts) >= 2**31:
             reason = Reason(ReasonCode.SHAPE, f"{rows} rows are more than specialised warps count")
@@ -156,14 +154,18 @@ def _refusal(variant: ExpertGemmVariant, tensors: dict[str, Tensor], schedule: S
     return None
 
 
-def specialized_refusal(variant: ExpertGemmVariant, dtype: torch.dtype) -> Reason | None:
-    """Why no kernel with specialised warps is of a scheduled variant over operands of a dtype, or None."""
-    kinds = variant.unlike_specialized()
-    if dtype.itemsize != 2:
-        kinds = (*kinds, str(dtype))
+def specialized_refusal(variant: ExpertGemmVariant, shape: GemmShape) -> Reason | None:
+    """Why no kernel with specialised warps is of a scheduled variant of this shape, or None."""
+    kinds = (*variant.unlike_specialized(), *shape.unlike_specialized())
     if kinds:
-        return Reason(ReasonCode.SHAPE, f"specialised warps do not multiply what is {' and '.join(kinds)}")
+        return Reason(ReasonCode.SHAPE, f"specialised warps multiply nothing {' or '.join(kinds)}")
     return standalone.gluon_refusal()
+
+
+def _shape_of(variant: ExpertGemmVariant, tensors: dict[str, Tensor]) -> GemmShape:
+    weight_EYX, gated = tensors["W"], is_gated(variant.act)
+    sizes, strides, element_size = tuple(weight_EYX.shape), weight_EYX.stride(), weight_EYX.element_size()
+    return GemmShape.of_weight(sizes, strides, gated=gated, element_size=element_size)
 
 
 def gemm_constants(num_experts: int, top_k: int, *, width: int, schedule: Schedule) -> dict[str, standalone.Constant]:
@@ -252,8 +254,8 @@ def expert_gemm_specialized(
     unread: bool,
     schedule: Schedule,
 ) -> Tensor:
-    """CUDA kernel of `diffulex::_expert_gemm_specialized`: `moe_expert_up` of a [T, H] or `moe_expert_down` of a [N, I],
-    fp16 or bf16, by a schedule given; with `unread` rows of no expert are left as they are.
+    """CUDA kernel of `diffulex::_expert_gemm_specialized`: `moe_expert_up` of a [T, H] or `moe_expert_down` of
+    a [N, I], fp16 or bf16, by a schedule given; with `unread` rows of no expert are left as they are.
     """
     rows = order_N.numel()
     variant = up_variant(a.dtype, act=canonical(act), bias=False) if up else down_variant(a.dtype, bias=False)

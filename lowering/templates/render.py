@@ -147,12 +147,12 @@ class ExpertGemmVariant:
 
     def unlike_specialized(self) -> tuple[str, ...]:
         """What of this variant no kernel with specialised warps knows."""
-        kinds = ("bias", "interleaved", "transposed", "shared", "sorts", "by_slot")
-        ragged = ("not whole steps deep",) if self.gather and not self.even_k else ()
-        return (*(kind for kind in kinds if getattr(self, kind)), *ragged)
+        kinds = {"with bias": self.bias, "of alternating halves": self.interleaved, "transposed": self.transposed}
+        return tuple(words for words, holds in kinds.items() if holds)
 
     def _specialized(self, arguments: list[str]) -> str:
         assert not self.unlike_specialized(), "what plans a schedule asks for this before"
+        assert not (self.shared or self.sorts or self.by_slot), "these are for few rows"
         gated, parts = is_gated(self.act), SPECIALIZED_ROWS // 64
         sums = ("acc",) if gated else ("acc", "acc_up")
         results = [self.act_text(gate=name, up="acc_up") or name for name in sums]

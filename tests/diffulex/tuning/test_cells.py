@@ -5,9 +5,10 @@ import torch
 
 from diffulex.benching.shapes import MORE_SHAPES, SHAPES, Case, Shape, case_of_shape
 from diffulex.tuning.cells import BY_MODEL, Cell, cells_of, gemm_of, planned, tensors_of, to_time
-from lowering.inductor.gemm_plan import gemm_shape
+from lowering.activation import is_gated
 from lowering.schedule.device import H100
 from lowering.schedule.plan import candidates, exact_schedule, plan
+from lowering.schedule.schedule import GemmShape
 from lowering.spec import ExpertSpec
 from tests.support.benching import FORMS
 from tests.support.benching import SHAPE as TINY
@@ -24,8 +25,9 @@ def test_a_gemm_is_what_a_graph_of_the_layer_plans_for(form, dtype):
     case = tiny(form)
     for stage in ("up", "down"):
         weight = tensors_of(Cell(case, stage, 4, dtype), "meta")["W"]
-        act = case.spec.act if stage == "up" else "identity"
-        expected = gemm_shape(tuple(weight.shape), weight.stride(), act=act, element_size=dtype.itemsize)
+        gated = stage == "up" and is_gated(case.spec.act)
+        sizes, size = tuple(weight.shape), dtype.itemsize
+        expected = GemmShape.of_weight(sizes, weight.stride(), gated=gated, element_size=size)
         assert gemm_of(case, stage, dtype=dtype) == expected
 
 

@@ -1,5 +1,8 @@
 """GEMMs that share a routing share their row ranges: one schedule each, one guard a bound, one graph a range."""
 
+import dataclasses
+import functools
+
 import pytest
 import sympy
 import torch
@@ -9,7 +12,7 @@ from torch.fx import Graph
 from lowering.inductor import _compat, gemm_plan, offline
 from lowering.inductor.fake_device import H100 as FAKE
 from lowering.inductor.fake_device import fake_gpu
-from lowering.inductor.gemm_plan import gemm_shape, row_range, rows_bound
+from lowering.inductor.gemm_plan import row_range, rows_bound
 from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
 from lowering.schedule.device import H100, DeviceSpec
@@ -26,10 +29,13 @@ BOUNDS = [found.max_rows for found in plan((UP, DOWN), H100)]
 
 def test_shapes():
     sizes, strides = (8, 64, 32), (2048, 32, 1)
-    assert gemm_shape(sizes, strides, act="silu(g) * u", element_size=2) == GemmShape(8, 32, 32, True, 2)
-    assert gemm_shape(sizes, strides, act="relu(g)", element_size=4) == GemmShape(8, 32, 64, False, 4)
-    assert gemm_shape(sizes, (2048, 1, 64), act="identity", element_size=2) == GemmShape(8, 32, 64, False, 2)
-    assert gemm_shape(sizes, (4096, 64, 2), act="identity", element_size=2) == GemmShape(8, 32, 64, False, 2, False)
+    of_weight = functools.partial(GemmShape.of_weight, element_size=2)
+    assert of_weight(sizes, strides, gated=True) == GemmShape(8, 32, 32, True, 2)
+    assert GemmShape.of_weight(sizes, strides, gated=False, element_size=4) == GemmShape(8, 32, 64, False, 4)
+    assert of_weight(sizes, (2048, 1, 64), gated=False) == GemmShape(8, 32, 64, False, 2, rows_follow=False)
+    apart = GemmShape(8, 32, 64, False, 2, False, rows_follow=False)
+    assert of_weight(sizes, (4096, 64, 2), gated=False) == apart
+    assert of_weight(sizes, (4096, 32, 1), gated=False) == dataclasses.replace(apart, descriptors=True)
 
 
 def graph_of(*stages):

@@ -232,6 +232,16 @@ BY_DESCRIPTORS = {
     "down_tma_transposed": (down, tma(), {"transposed": True}),
     "down_tma_one_token": (down, tma(), {"tokens": 1}),
 }
+WHOLE = ODD.replace(hidden=256, width=256, bias=False, dtype=torch.bfloat16)  # as specialised warps ask for
+BY_WARPS = {
+    "up_specialized": (up, Schedule.specialized(gated=True)),
+    "up_specialized_two_row_tiles": (up, Schedule.specialized(gated=True), {"tokens": 150, "ids": "one"}),
+    "up_specialized_ungated": (up, Schedule.specialized(gated=False), {"act": "relu2"}),
+    "up_specialized_no_valid_id": (up, Schedule.specialized(gated=True), {"ids": "none"}),
+    "down_specialized": (down, Schedule.specialized(gated=False)),
+    "down_specialized_two_row_tiles": (down, Schedule.specialized(gated=False), {"tokens": 150, "ids": "one"}),
+    "down_specialized_one_token": (down, Schedule.specialized(gated=False), {"tokens": 1}),
+}
 COMPILED = {
     "compiled_one_token": (compiled, 1, IN_PLACE),
     "compiled_21_tokens": (compiled, 21, SORTED),
@@ -249,6 +259,7 @@ def as_call(kind, *args, form=None):
 
 CALLS = {name: as_call(*case) for name, case in {**CASES, **COMPILED}.items()}
 DESCRIBED = {name: as_call(*case, form=ALIGNED) for name, case in BY_DESCRIPTORS.items()}
+DESCRIBED |= {name: as_call(*case, form=WHOLE) for name, case in BY_WARPS.items()}
 
 
 @pytest.mark.parametrize("case", CALLS)
@@ -262,6 +273,8 @@ def test_launches(case):
 def test_launches_by_descriptors(case):
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no tensor descriptors before sm_90")
+    if case in BY_WARPS and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("kernels of sm_90 alone")
     DESCRIBED[case]("cuda")
 
 

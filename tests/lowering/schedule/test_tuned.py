@@ -152,7 +152,7 @@ def test_without_times_plans_are_the_models(folder):
 def test_times_are_those_of_exactly_one_gemm_and_one_device(table):
     assert plan((UP,), H100) != plan((UP,), H100, tuned=False)
     others = {"num_experts": 64, "depth": 1024, "width": 512, "gated": False, "element_size": 4, "descriptors": False,
-              "accumulators": 64}  # fmt: skip
+              "accumulators": 64, "rows_follow": False}  # fmt: skip
     assert set(others) == {field.name for field in dataclasses.fields(GemmShape)}
     for name, value in others.items():
         shape = dataclasses.replace(UP, **{name: value})

@@ -15,7 +15,7 @@ from lowering.schedule.device import H100
 from lowering.schedule.plan import plan
 from lowering.schedule.schedule import GemmShape, Loop, Schedule
 from lowering.templates import standalone
-from lowering.templates.eager import gemm_constants
+from lowering.templates.eager import gemm_constants, index_constants
 from lowering.templates.render import ExpertGemmVariant, GradWeightVariant, template_text
 from tests.support.launches import compile_for_h100, interpret, on_meta
 
@@ -129,11 +129,12 @@ def compiled_gemm(shape, schedule, *, dtype=torch.bfloat16, bias=False, rows=409
     if bias:
         tensors["BIAS"] = on_meta(shape.num_experts, weight_rows, dtype=dtype)
     constants = gemm_constants(shape.num_experts, 8 if gather else 1, width=shape.width, schedule=schedule)
+    constants |= index_constants(tensors, schedule)
     return compile_for_h100(
         variant.source(),
         tensors,
-        constants={**constants, "INDEX_DTYPE": "tl.int32"},
-        num_warps=schedule.num_warps,
+        constants=constants,
+        num_warps=schedule.launched_warps,
         num_stages=schedule.num_stages,
     )
 

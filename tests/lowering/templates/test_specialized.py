@@ -1,0 +1,223 @@
+"""The kernels with specialised warps without a GPU: compiled for sm_90, refused with reasons, called by graphs."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+from lowering.activation import canonical, is_gated
+from lowering.errors import MoEUnsupportedError, ReasonCode
+from lowering.inductor import _compat, lowerings
+from lowering.inductor.offline import offline_source
+from lowering.inductor.passes import register_lowerings
+from lowering.report import collect
+from lowering.schedule.device import H100
+from lowering.schedule.plan import candidates
+from lowering.schedule.schedule import GemmShape, Schedule
+from lowering.templates import eager, standalone
+from lowering.templates.eager import gemm_constants, index_constants
+from tests.support.blocks import Block
+from tests.support.catalogue import raises_catalogue
+from tests.support.inputs import BlockForm
+from tests.support.launches import compile_for_h100, on_meta
+
+GATED, PLAIN = Schedule.specialized(gated=True), Schedule.specialized(gated=False)
+SHAPES = {
+    "qwen3": (128, 8, 2048, 768),
+    "mixtral": (8, 2, 4096, 14336),
+    "llada2": (256, 8, 2048, 512),
+    "many experts": (512, 8, 1024, 256),
+}
+ACTS = [
+    *("silu(g) * u", "gelu_tanh(g) * u", "min(g, 7.0) * sigmoid(1.702 * g) * (u + 1.0)"),
+    *("relu(g) * relu(g)", "identity"),
+]
+RARE = ["gelu(g) * u", "tanh(g) * u", "log1p(exp(g))"]
+
+
+def compiled(sizes, stage, *, act="silu(g) * u", unread=True, dtype=torch.bfloat16):
+    num_experts, top_k, hidden, width = sizes
+    up, gated, rows = stage == "up", stage == "up" and is_gated(canonical(act)), 64 * top_k
+    out_width, depth = (width, hidden) if up else (hidden, width)
+    tensors = {
+        "A": on_meta(64 if up else rows, depth, dtype=dtype),
+        "W": on_meta(num_experts, out_width * (2 if gated else 1), depth, dtype=dtype),
+        "ORDER": on_meta(rows, dtype=torch.int32),
+        "OFFSETS": on_meta(num_experts + 1, dtype=torch.int32),
+        "OUT": on_meta(rows, out_width, dtype=dtype),
+    }
+    variant = eager.up_variant(dtype, act=act, bias=False) if up else eager.down_variant(dtype, bias=False)
+    schedule = Schedule.specialized(gated=gated)
+    variant = dataclasses.replace(variant, unread=unread)
+    variant = variant.scheduled(schedule, depth=depth, strides=tensors["W"].stride())
+    constants = gemm_constants(num_experts, top_k if up else 1, width=out_width, schedule=schedule)
+    return compile_for_h100(
+        variant.source(),
+        tensors,
+        constants=constants | index_constants(tensors, schedule),
+        num_warps=schedule.launched_warps,
+        num_stages=schedule.num_stages,
+    )
+
+
+def assert_good(kernel, facts, *, most_spilled=16):
+    """No spill in a main loop; elsewhere a register or two where the groups part, and what an activation may need."""
+    assert facts["spilled"] <= most_spilled, facts
+    lines = kernel.asm["sass"].splitlines()
+    products = [at for at, line in enumerate(lines) if "HGMMA" in line]
+    assert products and len(products) % 8 == 0, "a step has two products of four parts"
+    for first, last in zip(products[::8], products[7::8], strict=True):
+        assert last - first < 150, "not one step"
+        assert not re.search(r"\b(STL|LDL)\b", "\n".join(lines[first:last]))
+    assert kernel.metadata.shared <= H100.shared_memory
+    ptx = kernel.asm["ptx"]
+    assert "cp.async.bulk.tensor.5d" in ptx
+    assert not re.search(r"\b(atom|red)\.global", ptx)
+
+
+@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("stage", ["up", "down"])
+def test_models_compile(sizes, stage):
+    kernel, facts = compiled(sizes, stage)
+    assert_good(kernel, facts)
+    assert ("cp.async.cg" in kernel.asm["ptx"]) == (stage == "up"), "gathered rows by asynchronous copies of 16 bytes"
+    assert "st.global.v4" in kernel.asm["ptx"], "16 bytes at once"
+
+
+@pytest.mark.parametrize("act", ACTS + RARE)
+def test_activations_compile(act):
+    most_spilled = 4096 if act in RARE else 16
+    found = compiled((16, 4, 1024, 512), "up", act=act, unread=False, dtype=torch.float16)
+    assert_good(*found, most_spilled=most_spilled)
+
+
+def test_only_what_is_whole_is_planned():
+    def planned(shape, device=H100):
+        return [found for found in candidates(shape, device) if found.loop.specialized]
+
+    shape = GemmShape(64, 2048, 768, True)
+    assert planned(shape) == [GATED]
+    assert planned(dataclasses.replace(shape, gated=False)) == [PLAIN]
+    others = {"depth": 2080, "width": 832, "element_size": 4, "descriptors": False, "rows_follow": False}
+    for name, value in others.items():
+        assert not planned(dataclasses.replace(shape, **{name: value})), name
+    for capability in ((8, 0), (10, 0), (12, 0)):
+        assert not planned(shape, dataclasses.replace(H100, capability=capability))
+
+
+class Device:
+    num_sms, capability = 132, (9, 0)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    calls = []
+    monkeypatch.setattr(eager, "device_spec", lambda index: Device)
+    monkeypatch.setattr(standalone, "launch", lambda text, tensors, **options: calls.append((text, options)))
+    return calls
+
+
+def up_on_meta(schedule, *, bias=False, hidden=64, width=128, strides=None, **options):
+    w13 = on_meta(4, 2 * width, hidden)
+    w13 = w13 if strides is None else w13.as_strided(w13.shape, strides)
+    b13 = on_meta(4, 2 * width) if bias else None
+    order, offsets = on_meta(12, dtype=torch.int32), on_meta(5, dtype=torch.int32)
+    return eager.moe_expert_up(
+        on_meta(6, hidden), w13, b13, order, offsets, act="silu(g) * u", schedule=schedule, **options
+    )
+
+
+REFUSED = {
+    "bias": ({"bias": True}, "with bias"),
+    "interleaved": ({"interleaved": True}, "of alternating halves"),
+    "transposed": ({"strides": (256 * 64, 1, 256)}, "transposed"),
+    "apart": ({"strides": (512 * 64, 64, 1)}, "of weight rows that do not follow one another"),
+    "deep": ({"hidden": 96}, "not whole steps"),
+    "wide": ({"width": 192}, "192 wide"),
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_an_explicit_request_is_refused_with_the_reason(change, launches):
+    options, got = REFUSED[change]
+    with raises_catalogue(MoEUnsupportedError, where="moe_expert_up", got=got if change != "deep" else "96 deep"):
+        up_on_meta(GATED, **options)
+    assert not launches
+    up_on_meta(GATED.without_specialized().without_tma(), **options)
+    assert launches
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_a_plan_falls_back_and_says_why(change, launches, monkeypatch):
+    monkeypatch.setattr(eager, "schedule_for", lambda rows, shape, device, max_ranges: GATED)
+    options, got = REFUSED[change]
+    with collect() as decisions:
+        up_on_meta(None, **options)
+    (found,) = decisions
+    assert (found.outcome, found.reason.code) == ("no specialised warps", ReasonCode.SHAPE)
+    assert (got if change != "deep" else "96 deep") in found.reason.detail
+    ((text, launched),) = launches
+    assert "gluon" not in text
+    assert launched["num_warps"] == 8
+
+
+def test_another_triton_is_told(launches, monkeypatch):
+    monkeypatch.setattr(standalone.importlib.metadata, "version", lambda name: "9.9.0")
+    standalone.gluon_refusal.cache_clear()
+    try:
+        with raises_catalogue(MoEUnsupportedError, where="moe_expert_up", got="not that of triton 9.9.0"):
+            up_on_meta(GATED)
+    finally:
+        monkeypatch.undo()
+        standalone.gluon_refusal.cache_clear()
+    assert standalone.gluon_refusal() is None
+
+
+def test_rows_that_are_counted_in_64_bits(launches):
+    hidden, w13 = on_meta(1 << 20, 4096), on_meta(4, 256, 4096)
+    order, offsets = on_meta(2 << 20, dtype=torch.int32), on_meta(5, dtype=torch.int32)
+    eager.moe_expert_up(hidden, w13, None, order, offsets, act="silu(g) * u", schedule=GATED)
+    ((_, options),) = launches
+    assert options["constants"]["ROW_OFFSET"] == "gl.int64"
+
+
+FORM = BlockForm(tokens=4096, top_k=4, experts=8, hidden=1024, width=512, dtype=torch.bfloat16)
+
+
+def lowered(monkeypatch, form=FORM):
+    monkeypatch.setattr(
+        lowerings, "schedule_of", lambda rows, shape, device: (Schedule.specialized(gated=shape.gated), None)
+    )
+    register_lowerings()
+    torch._dynamo.reset()
+    function = Block(form)
+    with collect() as decisions:
+        code = offline_source(function, function.inputs())
+    return code, {d.subject: d for d in decisions if d.stage == "lower"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: nothing to fake")
+def test_a_graph_calls_them(monkeypatch):
+    code, decisions = lowered(monkeypatch)
+    assert [name for name in code.extern_calls if "_expert_gemm_specialized" in name] == list(code.extern_calls)
+    assert len(code.extern_calls) == 2
+    for stage in ("moe_expert_up", "moe_expert_down"):
+        found = decisions[stage]
+        assert (found.reason, found.kernel_refusal) == (None, None)
+        assert found.outcome.startswith(f"gluon {stage} 192x")
+        assert found.cost is not None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: nothing to fake")
+@pytest.mark.parametrize("case", ["bias", "C++ wrapper"])
+def test_a_graph_that_cannot_says_why(case, monkeypatch):
+    if case == "C++ wrapper":
+        monkeypatch.setattr(_compat, "calls_python", lambda: False)
+    code, decisions = lowered(monkeypatch, FORM.replace(bias=case == "bias"))
+    assert code.extern_calls == ()
+    for stage in ("moe_expert_up", "moe_expert_down"):
+        reason = decisions[stage].reason
+        assert reason.code is (ReasonCode.SHAPE if case == "bias" else ReasonCode.WRAPPER)
+        assert "make_tensor_descriptor" in code.kernel(stage).function
+        assert "128" in decisions[stage].outcome

@@ -1,0 +1,146 @@
+"""The kernels with specialised warps on a GPU: the ratio rule, the bits of other schedules, no wait, compiled."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lowering.inductor.passes import register_lowerings
+from lowering.report import collect
+from lowering.schedule.schedule import Loop, Schedule
+from lowering.templates import eager
+from tests.support.inputs import BlockForm, make_block, sort_slots
+from tests.support.oracle import assert_oracle_ratio
+
+pytestmark = pytest.mark.gpu
+
+ops = torch.ops.diffulex
+FORM = BlockForm(tokens=1500, top_k=3, experts=7, hidden=512, width=384, ids="sentinels", dtype=torch.bfloat16)
+OTHERS = Schedule(128, 128, 64, 8, 4, Loop(tma=True))
+FORMS = {
+    "sentinels": FORM,
+    "fp16": FORM.replace(dtype=torch.float16),
+    "one expert gets all": FORM.replace(ids="one"),
+    "no valid id": FORM.replace(ids="none"),
+    "experts without rows": FORM.replace(ids="sparse", experts=40),
+    "many experts": FORM.replace(experts=300, ids="distinct"),
+    "one token": FORM.replace(tokens=1),
+    "no tokens": FORM.replace(tokens=0),
+    "ungated": FORM.replace(act="relu2", width=512),
+    "swiglu_oai": FORM.replace(act="swiglu_oai"),
+    "top 1": FORM.replace(top_k=1, act="geglu_tanh"),
+    "row tiles in groups": FORM.replace(tokens=9000, experts=2, top_k=1, ids="distinct"),
+    "shallow": FORM.replace(hidden=256, width=128),
+    "one step": FORM.replace(tokens=400, hidden=256, width=128, act="relu2").replace(width=256),
+}
+
+
+@pytest.fixture(autouse=True)
+def _sm_90():
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("kernels of sm_90 alone")
+
+
+def operands(form):
+    block = make_block(form, "cuda")
+    slots = sort_slots(block.ids_TK.cpu(), form.experts)
+    return block, slots.order_N.cuda(), slots.offsets_E1.cuda()
+
+
+def chain(block, order_N, offsets_E1, form, schedules):
+    up, down = schedules
+    args = (order_N, offsets_E1)
+    act_NI = eager.moe_expert_up(block.hidden_TH, block.w13_EJH, None, *args, act=form.act, schedule=up)
+    return act_NI, eager.moe_expert_down(act_NI, block.w2_EHI, None, *args, schedule=down)
+
+
+def specialized(form):
+    gated = form.act != "relu2"
+    return Schedule.specialized(gated=gated), Schedule.specialized(gated=False)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_values_and_bits(form):
+    """Within the ratio rule, and the bits of a schedule that sums in the same steps, rows of no expert too."""
+    found = operands(form)
+    ours = chain(*found, form, specialized(form))
+    theirs = chain(*found, form, (OTHERS, OTHERS))
+    assert all(map(torch.equal, ours, theirs))
+    block, order_N, offsets_E1 = found
+    cpu = [t.cpu() for t in (block.hidden_TH, block.w13_EJH, block.w2_EHI, order_N, offsets_E1)]
+
+    def slots(hidden_TH, w13_EJH, w2_EHI, order_N, offsets_E1):
+        act_NI = ops.moe_expert_up(hidden_TH, w13_EJH, None, order_N, offsets_E1, form.top_k, form.act)
+        return ops.moe_expert_down(act_NI, w2_EHI, None, order_N, offsets_E1)
+
+    doubles = [t.double() if t.is_floating_point() else t for t in cpu]
+    assert_oracle_ratio(ours[1].cpu(), slots(*cpu), slots(*doubles))
+
+
+def test_a_nan_stays_in_its_row():
+    block, order_N, offsets_E1 = operands(FORM)
+    block.hidden_TH[5] = torch.nan
+    up, _ = specialized(FORM)
+    args = (block.hidden_TH, block.w13_EJH, None, order_N, offsets_E1)
+    out_NI = eager.moe_expert_up(*args, act=FORM.act, schedule=up)
+    of_token_N = torch.zeros(len(out_NI), dtype=torch.bool, device="cuda")
+    known = int(offsets_E1[-1])
+    of_token_N[:known] = (order_N[:known] // FORM.top_k) == 5
+    assert out_NI[of_token_N].isnan().all()
+    assert not out_NI[~of_token_N].isnan().any()
+
+
+def test_the_same_bits_each_time():
+    form = FORM.replace(tokens=4000, experts=9)
+    found, schedules = operands(form), specialized(form)
+    first = chain(*found, form, schedules)
+    for _ in range(40):
+        assert all(map(torch.equal, first, chain(*found, form, schedules)))
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiled(mode):
+    """A layer whose plan has them, at token counts that change, against eager mode."""
+    form = BlockForm(tokens=2048, top_k=4, experts=16, hidden=1024, width=512, dtype=torch.bfloat16)
+    block = make_block(form, "cuda")
+
+    def layer(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI):
+        order_N, _, offsets_E1 = ops.moe_dispatch(ids_TK, form.experts)
+        act_NI = ops.moe_expert_up(hidden_TH, w13_EJH, None, order_N, offsets_E1, form.top_k, form.act)
+        slots_NH = ops.moe_expert_down(act_NI, w2_EHI, None, order_N, offsets_E1)
+        return ops.moe_combine(slots_NH, weights_TK)
+
+    register_lowerings()
+    torch._dynamo.reset()
+    run = torch.compile(layer, fullgraph=True, mode=mode)
+    inputs = [block.hidden_TH, block.ids_TK, block.weights_TK.float(), block.w13_EJH, block.w2_EHI]
+    with torch.no_grad(), collect() as decisions:
+        for tokens in (2048, 1900, 2048, 1000):
+            cut = [tensor[:tokens].contiguous() for tensor in inputs[:3]] + inputs[3:]
+            wanted = layer(*[t.double() if t.is_floating_point() else t for t in cut])
+            for _ in range(3):
+                ours = run(*cut)
+            torch.testing.assert_close(ours.double(), wanted, rtol=2e-2, atol=2e-2 * float(wanted.abs().max()))
+    told = [d.outcome for d in decisions if d.stage == "lower" and d.subject.startswith("moe_expert")]
+    assert any(outcome.startswith("gluon") for outcome in told), told
+
+
+def test_nothing_waits_for_the_device():
+    found = operands(FORM)
+    chain(*found, FORM, specialized(FORM))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        chain(*found, FORM, specialized(FORM))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_groups_of_another_height():
+    """Where a group of row tiles ends, and where an expert has fewer than one."""
+    form = FORMS["row tiles in groups"]
+    found = operands(form)
+    wanted = chain(*found, form, (OTHERS, OTHERS))
+    for group_m in (1, 3, 16):
+        schedules = [dataclasses.replace(schedule, group_m=group_m) for schedule in specialized(form)]
+        assert all(map(torch.equal, wanted, chain(*found, form, schedules)))
