@@ -49,8 +49,9 @@ CONSTANTS = {
     "tma_step": 1.97,  # of `step` with tensor descriptors
     "flatten_rate": 0.95,  # matrix rate of a flattened loop
     "flatten_tile": 0.000545,  # of what a tile costs beyond its loop, in a flattened loop
-    "specialized_rate": 0.7,  # of the matrix rate with specialised warps
-    "specialized_overlap": 0.1,  # `overlap` there; steps and tiles cost nothing beyond their bytes and FLOP
+    "specialized_rate": 0.71,  # of the matrix rate with specialised warps
+    "specialized_memory": 0.915,  # of the rate of loads
+    "specialized_overlap": 0.09,  # `overlap` there; steps and tiles cost nothing beyond their bytes and FLOP
     "specialized_rest": 0.25,  # row tiles of an expert there, beside whole ones
 }
 # Row tiles that skewed routing adds, of those that all rows but a first tile make: about so for loads as 1 / rank.
@@ -99,7 +100,7 @@ def gemm_time() -> sympy.Expr:
     resident = sympy.Piecewise((1, TMA > 0), (resident, True))
     in_flight = BN * G * BK * B * (STAGES - 1)
     rate = sympy.Min(BANDWIDTH * c["memory_efficiency"], sympy.Min(programs, SMS * resident) * in_flight / c["latency"])
-    rate *= sympy.Piecewise((c["short_rows"], BK * B < 256), (1, True))
+    rate *= sympy.Piecewise((c["specialized_memory"], SPECIALIZED > 0), (c["short_rows"], BK * B < 256), (1, True))
     kept = sympy.Or(GROUPED > 0, c["l2_share"] * L2 > W * G * D * B)
     read_again = row_tiles + _SKEW * sympy.Max(0, N - BM) / BM
     from_memory = _bytes_moved(sympy.Piecewise((hit, kept), (read_again, True)))

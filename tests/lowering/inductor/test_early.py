@@ -52,9 +52,12 @@ def assert_waits_first(kernel):
 
 
 def test_every_template_can():
+    """But for those that a graph calls as an op: these are for many rows, and begin when all before has ended."""
     folder = resources.files("lowering.templates")
     texts = [path.read_text() for path in folder.iterdir() if path.name.endswith(".jinja")]
-    texts = [text.partition("{{def_kernel(")[2] for text in texts if "{{def_kernel(" in text]
+    texts = [
+        text.partition("{{def_kernel(")[2] for text in texts if "{{def_kernel(" in text and "@gluon.jit" not in text
+    ]
     assert len(texts) == 9
     for text in texts:
         before, _ = text.split(f"\n{{%- if EARLY is defined %}}\n    {WAIT}\n    {LAUNCH}\n{{%- endif %}}\n")

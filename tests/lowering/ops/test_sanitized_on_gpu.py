@@ -7,6 +7,7 @@ tensor descriptors is not documented, so kernels with them have a test of their 
 """
 
 import functools
+import re
 from unittest import mock
 
 import pytest
@@ -259,7 +260,7 @@ def as_call(kind, *args, form=None):
 
 CALLS = {name: as_call(*case) for name, case in {**CASES, **COMPILED}.items()}
 DESCRIBED = {name: as_call(*case, form=ALIGNED) for name, case in BY_DESCRIPTORS.items()}
-DESCRIBED |= {name: as_call(*case, form=WHOLE) for name, case in BY_WARPS.items()}
+WARPS = {name: as_call(*case, form=WHOLE) for name, case in BY_WARPS.items()}
 
 
 @pytest.mark.parametrize("case", CALLS)
@@ -273,9 +274,14 @@ def test_launches(case):
 def test_launches_by_descriptors(case):
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no tensor descriptors before sm_90")
-    if case in BY_WARPS and torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("kernels of sm_90 alone")
     DESCRIBED[case]("cuda")
+
+
+@pytest.mark.parametrize("case", WARPS)
+def test_launches_by_warps(case):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("kernels of sm_90 alone")
+    WARPS[case]("cuda")
 
 
 @under_sanitizer("memcheck", "racecheck", runs="test_launches")
@@ -291,6 +297,32 @@ def test_no_bad_access_and_no_race(found):
 def test_nor_by_descriptors(found):
     found.assert_clean()
     assert found.cases == {f"test_launches_by_descriptors[{case}]": "passed" for case in DESCRIBED}
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="kernels of sm_90 alone"
+)
+@under_sanitizer("memcheck", "racecheck", runs="test_launches_by_warps")
+def test_nor_by_warps(found):
+    """racecheck takes how Triton starts the groups of warps for races: the words that its first group leaves in shared
+    memory for the others, and that they wait for at a barrier. What it says of the functions of the groups counts.
+    """
+    assert found.cases == {f"test_launches_by_warps[{case}]": "passed" for case in WARPS}
+    if found.tool == "memcheck":
+        found.assert_clean()
+        return
+    with mock.patch.object(standalone, "_jit_function", wraps=standalone._jit_function) as made:
+        for case in WARPS.values():
+            case("cuda")
+    begins = {}
+    for call in made.call_args_list:
+        (kernel,) = call.args
+        lines = kernel.source.splitlines()
+        begins[kernel.name] = next(at for at, line in enumerate(lines, 1) if line.startswith(f"def {kernel.name}("))
+    places = re.findall(r"access at (\w+)\+0x[0-9a-f]+ in \w+\.py:(\d+)", found.report)
+    assert 2 * (found.errors or 0) <= len(places)
+    inside = [(name, line) for name, line in places if int(line) < begins[name]]
+    assert not inside, found.report
 
 
 # Planted errors: what was found above was found by tools that see errors
