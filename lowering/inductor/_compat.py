@@ -173,6 +173,11 @@ def is_aligned(node: Any, size: int) -> bool:
     )
 
 
+def is_backward() -> bool:
+    """Whether the graph being lowered is that of a backward pass."""
+    return bool(V.graph.is_backward)
+
+
 def calls_python() -> bool:
     """Whether what is generated of the graph being lowered can call ops that have only a kernel in Python."""
     return not V.graph.cpp_wrapper

@@ -16,6 +16,8 @@ from . import _compat
 
 def refuses_specialized(variant: ExpertGemmVariant, shape: GemmShape) -> Reason | None:
     """Why the graph being lowered cannot call such a kernel of a scheduled variant of this shape, or None."""
+    if _compat.is_backward():
+        return Reason(ReasonCode.SCHEDULE, "a kernel of Inductor's takes the derivatives behind it along")
     if not _compat.calls_python():
         return Reason(ReasonCode.WRAPPER, "the C++ wrapper has no kernels in Gluon")
     return specialized_refusal(variant, shape)

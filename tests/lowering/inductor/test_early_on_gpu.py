@@ -1,6 +1,7 @@
 """Kernels that begin early on a real device: the same bits as without, in CUDA graphs whose kernels follow closely."""
 
 import functools
+import re
 
 import pytest
 import torch
@@ -58,7 +59,10 @@ def compiled(function, inputs, wanted, **how):
         result = torch.compile(function, fullgraph=True, dynamic=False, **how)
         result(*inputs[0])
     lowered = [decision for decision in decisions if decision.stage == "lower"]
-    assert lowered and all(decision.outcome.endswith(", begins early") == wanted for decision in lowered), lowered
+    assert lowered
+    for decision in lowered:  # tiles for many rows do not
+        many = re.search(r"\b(128|192)x\d+x\d+ .*\btma\b", decision.outcome)
+        assert decision.outcome.endswith(", begins early") == (wanted and not many), decision
     return result
 
 
