@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..activation import intermediate_size
-from ..schedule.schedule import schedule_of
 from ._launch import launcher
 from ._library import LIBRARY, NAMESPACE
 
@@ -36,7 +35,7 @@ def _cuda(
     schedule: Sequence[int],
 ) -> Tensor:
     return launcher().expert_gemm_specialized(
-        a, weight_EYX, order_N, offsets_E1, act=act, up=up, unread=unread, schedule=schedule_of(schedule)
+        a, weight_EYX, order_N, offsets_E1, act=act, up=up, unread=unread, schedule=schedule
     )
 
 
