@@ -7,7 +7,7 @@ depend on the batch; nothing here waits for the device.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..errors import MoEUnsupportedError, Reason, ReasonCode
 from ..report import record
 from ..schedule.device import device_spec
 from ..schedule.plan import MAX_RANGES, schedule_for
-from ..schedule.schedule import TMA_ALIGNMENT, GemmShape, Schedule, tma_refusal
+from ..schedule.schedule import TMA_ALIGNMENT, GemmShape, Schedule, schedule_of, tma_refusal
 from ..state import is_batch_invariant
 from . import standalone
 from .render import ExpertGemmVariant, GradWeightVariant
@@ -252,10 +252,10 @@ def expert_gemm_specialized(
     act: str,
     up: bool,
     unread: bool,
-    schedule: Schedule,
+    schedule: Sequence[int],
 ) -> Tensor:
     """CUDA kernel of `diffulex::_expert_gemm_specialized`: `moe_expert_up` of a [T, H] or `moe_expert_down` of
-    a [N, I], fp16 or bf16, by a schedule given; with `unread` rows of no expert are left as they are.
+    a [N, I], fp16 or bf16, by the numbers of a schedule; with `unread` rows of no expert are left as they are.
     """
     rows = order_N.numel()
     variant = up_variant(a.dtype, act=canonical(act), bias=False) if up else down_variant(a.dtype, bias=False)
@@ -263,7 +263,7 @@ def expert_gemm_specialized(
     out_NY = a.new_empty(rows, width)
     tensors = {"A": a, "W": weight_EYX, "OUT": out_NY, "ORDER": order_N, "OFFSETS": offsets_E1}
     top_k = max(1, rows // max(1, a.shape[0])) if up else 1
-    _expert_gemm(dataclasses.replace(variant, unread=unread), tensors, top_k, schedule)
+    _expert_gemm(dataclasses.replace(variant, unread=unread), tensors, top_k, schedule_of(schedule))
     return out_NY
 
 

@@ -14,7 +14,7 @@ from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
 from lowering.schedule.device import H100
 from lowering.schedule.plan import candidates
-from lowering.schedule.schedule import GemmShape, Schedule
+from lowering.schedule.schedule import GemmShape, Schedule, numbers_of
 from lowering.templates import eager, standalone
 from lowering.templates.eager import gemm_constants, index_constants
 from tests.support.blocks import Block
@@ -210,14 +210,35 @@ def test_a_graph_calls_them(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: nothing to fake")
-@pytest.mark.parametrize("case", ["bias", "C++ wrapper"])
+@pytest.mark.parametrize("case", ["bias", "C++ wrapper", "backward"])
 def test_a_graph_that_cannot_says_why(case, monkeypatch):
+    code_of = {"bias": ReasonCode.SHAPE, "C++ wrapper": ReasonCode.WRAPPER, "backward": ReasonCode.SCHEDULE}
     if case == "C++ wrapper":
         monkeypatch.setattr(_compat, "calls_python", lambda: False)
+    if case == "backward":
+        monkeypatch.setattr(_compat, "is_backward", lambda: True)
     code, decisions = lowered(monkeypatch, FORM.replace(bias=case == "bias"))
     assert code.extern_calls == ()
     for stage in ("moe_expert_up", "moe_expert_down"):
         reason = decisions[stage].reason
-        assert reason.code is (ReasonCode.SHAPE if case == "bias" else ReasonCode.WRAPPER)
+        assert reason.code is code_of[case]
         assert "make_tensor_descriptor" in code.kernel(stage).function
         assert "128" in decisions[stage].outcome
+
+
+def test_the_op_a_graph_calls_takes_the_numbers_of_a_schedule(launches):
+    """What the generated code says is what is launched."""
+    hidden, w13 = on_meta(6, 64), on_meta(4, 256, 64)
+    order, offsets = on_meta(12, dtype=torch.int32), on_meta(5, dtype=torch.int32)
+    schedule = dataclasses.replace(GATED, group_m=5)
+    out = eager.expert_gemm_specialized(
+        *(hidden, w13, order, offsets), act="silu(g) * u", up=True, unread=True, schedule=numbers_of(schedule)
+    )
+    fake = torch.ops.diffulex._expert_gemm_specialized(
+        *(hidden, w13, order, offsets), "silu(g) * u", True, True, numbers_of(schedule)
+    )
+    assert out.shape == fake.shape == (12, 128)
+    ((text, options),) = launches
+    assert options["constants"]["GROUP_M"] == 5
+    assert (options["num_warps"], options["num_stages"]) == (4, 4)
+    assert "zeros" not in text.partition("def_kernel")[2], "unread rows are left as they are"
