@@ -16,12 +16,14 @@ from lowering.report import OWN_KERNEL, Decision
 # where a kernel does more than one stage, it is counted to the first of these
 STAGES = ("moe_expert_up", "moe_expert_down", "moe_dispatch", "moe_route", "moe_combine")
 _NAMES = re.compile("|".join(STAGES))
+_IN_GLUON = re.compile(r"_(\w+)_[0-9a-f]{8}(_unread)?_kernel")  # the ops' own are called so, too, but in eager mode
 _T = TypeVar("_T")
 
 
 def stage_of_kernel(name: str) -> str | None:
-    """The stage of a kernel that Inductor generated; those of the ops themselves are named otherwise."""
-    found = set(_NAMES.findall(name)) if name.startswith("triton_") else set()
+    """The stage of a kernel that Inductor generated, or that its code calls; other kernels are named otherwise."""
+    ours = name.startswith("triton_") or _IN_GLUON.fullmatch(name)
+    found = set(_NAMES.findall(name)) if ours else set()
     return next((stage for stage in STAGES if stage in found), None)
 
 
@@ -43,7 +45,13 @@ def named(decisions: Sequence[Decision], launched: Sequence[str]) -> list[Decisi
     """The decisions with the names of their kernels, out of those that the generated code launches, in order."""
     told = list(decisions)
     for stage in STAGES:
-        at = places(decisions, stage, own=False)
+        at = []
+        for place in places(decisions, stage, own=False):
+            language, kernel, *_ = f"{decisions[place].outcome} ".split(" ")
+            if language == "gluon":  # the code calls it by an op, so it is not among the launches
+                told[place] = dataclasses.replace(told[place], kernels=(f"_{kernel}_kernel",))
+            else:
+                at.append(place)
         mine = [name for name in launched if stage_of_kernel(name) == stage]
         for place, names in zip(at, shares(mine, len(at)), strict=False):
             told[place] = dataclasses.replace(told[place], kernels=tuple(dict.fromkeys(names)))

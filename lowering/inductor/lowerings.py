@@ -190,8 +190,9 @@ def expert_gemm(
     predicted = _predicted(rows, shape, schedule=schedule, device=device)
     if schedule.loop.specialized:
         unread = rest_unread(_compat.current_fx_node())
-        note(op, f"gluon {op} {schedule}", cost=predicted)
-        return lower_specialized([*inputs[:2], *written], variant=variant, unread=unread, schedule=schedule)
+        variant = dataclasses.replace(variant, unread=unread).scheduled(schedule, depth=depth, strides=strides)
+        note(op, f"gluon {variant.name} {schedule}", cost=predicted)
+        return lower_specialized([*inputs[:2], *written], variant=variant, schedule=schedule)
     constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
     if schedule.loop.tma:
         constants["PROGRAMS"] = device.num_sms

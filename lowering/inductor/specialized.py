@@ -23,8 +23,8 @@ def refuses_specialized(variant: ExpertGemmVariant, shape: GemmShape) -> Reason 
     return specialized_refusal(variant, shape)
 
 
-def lower_specialized(inputs: list[Any], *, variant: ExpertGemmVariant, unread: bool, schedule: Schedule) -> Any:
-    """The call, of IR nodes A, W, ORDER and OFFSETS; [N, I] or [N, H]."""
+def lower_specialized(inputs: list[Any], *, variant: ExpertGemmVariant, schedule: Schedule) -> Any:
+    """The call of a scheduled variant, of IR nodes A, W, ORDER and OFFSETS; [N, I] or [N, H]."""
     return _compat.fallback(
-        expert_gemm_specialized, *inputs, variant.act, variant.gather, unread, list(numbers_of(schedule))
+        expert_gemm_specialized, *inputs, variant.act, variant.gather, variant.unread, list(numbers_of(schedule))
     )

@@ -19,6 +19,9 @@ FIRST, SECOND = "triton_tem_fused_moe_expert_up_1", "triton_tem_fused_moe_expert
         ("triton_red_fused__to_copy_add_mean_moe_combine_moe_expert_up_16", "moe_expert_up"),
         ("triton_poi_fused_add_1", None),
         ("_moe_expert_up_kernel", None),
+        ("_moe_expert_up_0123abcd_kernel", "moe_expert_up"),
+        ("_moe_expert_down_0123abcd_unread_kernel", "moe_expert_down"),
+        ("_moe_expert_up_0123abcd_kernel_2", None),
     ],
 )
 def test_the_stage_of_a_kernel(name, stage):
@@ -44,6 +47,12 @@ def test_launches_that_do_not_come_out_even_are_nobodys(count):
 def test_ops_with_their_own_kernel_have_no_generated_one():
     own = Decision("lower", "moe_expert_up", "layers.1", OWN_KERNEL)
     assert [decision.kernels for decision in named([own, UP], [FIRST])] == [(), (FIRST,)]
+
+
+def test_kernels_that_the_code_calls_by_an_op_are_told_by_the_decision():
+    called = Decision("lower", "moe_expert_up", "layers.1", "gluon moe_expert_up_0123abcd 192x128x64")
+    found = named([UP, called, UP], [FIRST, SECOND])
+    assert [decision.kernels for decision in found] == [(FIRST,), ("_moe_expert_up_0123abcd_kernel",), (SECOND,)]
 
 
 def test_shares_are_in_order():

@@ -34,6 +34,12 @@ def test_layers_that_share_a_kernel_get_their_own_launches():
     assert told == [1, 3, 4, 6]
 
 
+def test_kernels_in_gluon_take_their_turn():
+    called = dataclasses.replace(UP, outcome="gluon moe_expert_up_0123abcd 192x128x64")
+    launches = kernels("triton_tem_fused_moe_expert_up_1", "_moe_expert_up_0123abcd_kernel", "triton_poi_fused_add_0")
+    assert times_of(launches, [UP, called]) == [1, 2]
+
+
 def test_the_median_of_the_runs():
     launches = kernels(*["triton_tem_fused_moe_expert_up_1"] * 6, times=[10, 1, 11, 3, 99, 2])
     assert times_of(launches, [UP, UP], runs=3) == [11, 2]
