@@ -49,8 +49,8 @@ FAULTS = (
     Fault(
         "gate and up are swapped",
         "lowering/templates/render.py",
-        'to_triton(self.act, gate="acc", up="acc_up")',
-        'to_triton(self.act, gate="acc_up", up="acc")',
+        'self.act_text(gate="acc", up="acc_up")',
+        'self.act_text(gate="acc_up", up="acc")',
         GEMM,
         "test_activations and not many",
     ),
