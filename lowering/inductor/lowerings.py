@@ -159,6 +159,14 @@ def _fitted(
     return schedule, pointers_reason(rows, shape, refused=refused, device=weight.get_device())
 
 
+def _call_specialized(
+    op: str, variant: ExpertGemmVariant, inputs: list[Any], schedule: Schedule, predicted: Cost | None
+) -> Any:
+    variant = dataclasses.replace(variant, unread=rest_unread(_compat.current_fx_node()))
+    note(op, f"gluon {variant.name} {schedule}", cost=predicted)
+    return lower_specialized(inputs, variant=variant, schedule=schedule)
+
+
 def expert_gemm(
     op: str,
     variant: ExpertGemmVariant,
@@ -189,10 +197,9 @@ def expert_gemm(
     device = device_spec(weight.get_device().index or 0)
     predicted = _predicted(rows, shape, schedule=schedule, device=device)
     if schedule.loop.specialized:
-        unread = rest_unread(_compat.current_fx_node())
-        variant = dataclasses.replace(variant, unread=unread).scheduled(schedule, depth=depth, strides=strides)
-        note(op, f"gluon {variant.name} {schedule}", cost=predicted)
-        return lower_specialized([*inputs[:2], *written], variant=variant, schedule=schedule)
+        assert unsorted is None and shared is None, "these are for few rows"
+        variant = variant.scheduled(schedule, depth=depth, strides=strides)
+        return _call_specialized(op, variant, [*inputs[:2], *written], schedule, predicted)
     constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
     if schedule.loop.tma:
         constants["PROGRAMS"] = device.num_sms

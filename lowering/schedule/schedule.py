@@ -32,6 +32,7 @@ class Loop:
 
 
 PLAIN = Loop()
+SPECIALIZED_EXPERTS = 256  # whose places fit into what shared memory operands leave free
 SPECIALIZED_ROWS = 192  # of a tile whose warps are specialised: three groups of four warps, of 64 rows each
 
 
@@ -80,7 +81,8 @@ class Schedule:
         if not self.loop.specialized:
             return self
         loop = Loop(tma=True, flatten=True, subtiles=2 if self.block_n == 256 else 1)
-        return dataclasses.replace(self, block_m=128, num_warps=8, loop=loop)
+        group_m = 8 if self.block_n == 256 else 16  # as others of that width have
+        return dataclasses.replace(self, block_m=128, num_warps=8, loop=loop, group_m=group_m)
 
     @property
     def launched_warps(self) -> int:
@@ -139,6 +141,7 @@ class GemmShape:
         found = {
             f"in {self.element_size} bytes": self.element_size != 2,
             "not through descriptors": not self.descriptors,
+            f"of {self.num_experts} experts": self.num_experts > SPECIALIZED_EXPERTS,
             "of weight rows that do not follow one another": not self.rows_follow,
             f"{self.depth} deep": self.depth % schedule.block_k != 0,
             f"{self.width} wide": self.width % schedule.block_n != 0,

@@ -17,7 +17,7 @@ from ..errors import MoEUnsupportedError, Reason, ReasonCode
 from ..report import record
 from ..schedule.device import device_spec
 from ..schedule.plan import MAX_RANGES, schedule_for
-from ..schedule.schedule import TMA_ALIGNMENT, GemmShape, Schedule, schedule_of, tma_refusal
+from ..schedule.schedule import SPECIALIZED_EXPERTS, TMA_ALIGNMENT, GemmShape, Schedule, schedule_of, tma_refusal
 from ..state import is_batch_invariant
 from . import standalone
 from .render import ExpertGemmVariant, GradWeightVariant
@@ -63,7 +63,9 @@ def index_type(*tensors: Tensor) -> str:
 def index_constants(tensors: Mapping[str, Tensor], schedule: Schedule) -> dict[str, standalone.Constant]:
     """The constexprs that say how an expert GEMM counts elements of A and OUT, of any shape [N, H] and dtype."""
     if schedule.loop.specialized:
-        return {"ROW_OFFSET": index_type(tensors["A"]).replace("tl.", "gl.")}
+        a = tensors["A"]
+        wide = (a.shape[0] - 1) * a.stride(0) + a.shape[1] >= 2**31  # of a part of wider rows, too
+        return {"ROW_OFFSET": "gl.int64" if wide else "gl.int32"}
     return {"INDEX_DTYPE": index_type(tensors["OUT"])}
 
 
@@ -133,13 +135,19 @@ def _refusal(variant: ExpertGemmVariant, tensors: dict[str, Tensor], schedule: S
     """Why a schedule is not for these tensors, or None."""
     if not schedule.loop.tma:
         return None
-    if device_spec(tensors["W"].device.index or 0).capability < (9, 0):
+    capability = device_spec(tensors["W"].device.index or 0).capability
+    if capability < (9, 0):
         return Reason(ReasonCode.CAPABILITY, "tensor descriptors need sm_90 or newer")
+    if schedule.loop.specialized and capability[0] != 9:
+        return Reason(ReasonCode.CAPABILITY, "specialised warps multiply as sm_90 alone does")
     variant = variant.scheduled(schedule, depth=tensors["W"].shape[-1], strides=tensors["W"].stride())
     if schedule.loop.specialized:
-        reason = specialized_refusal(variant, _shape_of(variant, tensors))
-        num_experts, rows = tensors["W"].shape[0], tensors["OUT"].shape[0]
-        if reason is None and (rows // schedule.block_m + num_experts) * power_of_two(num_experts) >= 2**31:
+        shape, rows = _shape_of(variant, tensors), tensors["OUT"].shape[0]
+        reason = specialized_refusal(variant, shape)
+        known = Schedule.specialized(gated=shape.gated)
+        if reason is None and dataclasses.replace(schedule, group_m=known.group_m) != known:
+            reason = Reason(ReasonCode.SCHEDULE, f"specialised warps have {known}, and other groups of row tiles alone")
+        if reason is None and (rows // known.block_m + shape.num_experts) * SPECIALIZED_EXPERTS >= 2**31:
             reason = Reason(ReasonCode.SHAPE, f"{rows} rows are more than specialised warps count")
         if reason is not None:
             return reason
@@ -173,7 +181,7 @@ def gemm_constants(num_experts: int, top_k: int, *, width: int, schedule: Schedu
     loop: dict[str, standalone.Constant] = {}
     if schedule.loop.grouped or schedule.loop.tma:
         loop["GROUP_M"] = schedule.group_m
-    if schedule.loop.tma:
+    if schedule.loop.tma and not schedule.loop.specialized:
         loop["STORE_N"] = schedule.block_n // schedule.loop.subtiles
     if schedule.loop.specialized:
         loop["NUM_STAGES"] = schedule.num_stages

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import shutil
 import tempfile
@@ -121,7 +120,9 @@ def render(text: str, name: str, *, constants: tuple[tuple[str, Constant], ...],
 @functools.cache
 def gluon_refusal() -> Reason | None:
     """Why texts in Gluon, an experimental language of Triton, cannot be compiled here, or None."""
-    version = importlib.metadata.version("triton")
+    import triton
+
+    version = triton.__version__
     if not version.startswith(_GLUON_VERSIONS):
         known = " and ".join(found.rstrip(".") for found in _GLUON_VERSIONS)
         return Reason(ReasonCode.ABSENT, f"Gluon as of triton {known}, which is not that of triton {version}")

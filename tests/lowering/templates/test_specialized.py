@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import triton
 
 from lowering.activation import canonical, is_gated
 from lowering.errors import MoEUnsupportedError, ReasonCode
@@ -27,7 +28,7 @@ SHAPES = {
     "qwen3": (128, 8, 2048, 768),
     "mixtral": (8, 2, 4096, 14336),
     "llada2": (256, 8, 2048, 512),
-    "many experts": (512, 8, 1024, 256),
+    "200 experts": (200, 8, 1024, 256),
 }
 ACTS = [
     *("silu(g) * u", "gelu_tanh(g) * u", "min(g, 7.0) * sigmoid(1.702 * g) * (u + 1.0)"),
@@ -99,11 +100,23 @@ def test_only_what_is_whole_is_planned():
     shape = GemmShape(64, 2048, 768, True)
     assert planned(shape) == [GATED]
     assert planned(dataclasses.replace(shape, gated=False)) == [PLAIN]
-    others = {"depth": 2080, "width": 832, "element_size": 4, "descriptors": False, "rows_follow": False}
+    others = {
+        "num_experts": 257,
+        "depth": 2080,
+        "width": 832,
+        "element_size": 4,
+        "descriptors": False,
+        "rows_follow": False,
+    }
     for name, value in others.items():
         assert not planned(dataclasses.replace(shape, **{name: value})), name
     for capability in ((8, 0), (10, 0), (12, 0)):
         assert not planned(shape, dataclasses.replace(H100, capability=capability))
+
+
+def test_the_nearest_other_schedule_is_one_that_is_planned():
+    for schedule, gated in ((GATED, True), (PLAIN, False)):
+        assert schedule.without_specialized() in candidates(GemmShape(64, 2048, 768, gated), H100)
 
 
 class Device:
@@ -163,7 +176,7 @@ def test_a_plan_falls_back_and_says_why(change, launches, monkeypatch):
 
 
 def test_another_triton_is_told(launches, monkeypatch):
-    monkeypatch.setattr(standalone.importlib.metadata, "version", lambda name: "9.9.0")
+    monkeypatch.setattr(triton, "__version__", "9.9.0")
     standalone.gluon_refusal.cache_clear()
     try:
         with raises_catalogue(MoEUnsupportedError, where="moe_expert_up", got="not that of triton 9.9.0"):
@@ -174,12 +187,50 @@ def test_another_triton_is_told(launches, monkeypatch):
     assert standalone.gluon_refusal() is None
 
 
+@pytest.mark.parametrize("change", [{"block_n": 256}, {"block_k": 32}, {"block_m": 128}, {"num_stages": 3}])
+def test_there_is_one_such_schedule(change, launches):
+    with raises_catalogue(MoEUnsupportedError, where="moe_expert_up", got="specialised warps have 192x128x64"):
+        up_on_meta(dataclasses.replace(GATED, **change))
+    up_on_meta(dataclasses.replace(GATED, group_m=2))
+    assert len(launches) == 1
+
+
+def test_other_devices_refuse_them(launches, monkeypatch):
+    monkeypatch.setattr(Device, "capability", (10, 0))
+    with raises_catalogue(MoEUnsupportedError, where="moe_expert_up", got="as sm_90 alone does"):
+        up_on_meta(GATED)
+
+
+def test_more_rows_than_are_counted(launches):
+    order, offsets = on_meta(1 << 34, dtype=torch.int32), on_meta(5, dtype=torch.int32)
+    args = (on_meta(1 << 33, 64), on_meta(4, 256, 64), None, order, offsets)
+    with raises_catalogue(MoEUnsupportedError, where="moe_expert_up", got="more than specialised warps count"):
+        eager.moe_expert_up(*args, act="silu(g) * u", schedule=GATED)
+
+
+def test_row_tiles_cover_an_expert():
+    """The kernel's formula: in order, without a gap, at most 192 rows each, and by 64 rows of one another."""
+    for rows in (1, 63, 64, 65, 192, 193, 255, 256, 257, 1000, 1024, 5_140_000):
+        chunks = (rows + 63) // 64
+        row_tiles = (chunks + 2) // 3
+        whole = chunks // row_tiles
+        more = chunks - whole * row_tiles
+        begins = [(tile * whole + min(tile, more)) * 64 for tile in range(row_tiles)]
+        ends = [min(rows, begin + (whole + (tile < more)) * 64) for tile, begin in enumerate(begins)]
+        assert begins == [0, *ends[:-1]] and ends[-1] == rows
+        heights = [(end - begin + 63) // 64 for begin, end in zip(begins, ends, strict=True)]
+        assert max(heights) <= 3 and max(heights) - min(heights) <= 1
+        assert row_tiles * chunks < 2**31 or (row_tiles * whole + more) * 64 < 2**31
+
+
 def test_rows_that_are_counted_in_64_bits(launches):
     hidden, w13 = on_meta(1 << 20, 4096), on_meta(4, 256, 4096)
     order, offsets = on_meta(2 << 20, dtype=torch.int32), on_meta(5, dtype=torch.int32)
     eager.moe_expert_up(hidden, w13, None, order, offsets, act="silu(g) * u", schedule=GATED)
-    ((_, options),) = launches
-    assert options["constants"]["ROW_OFFSET"] == "gl.int64"
+    part = on_meta(300_000, 8192)[:, :4096]  # fewer elements, as far from one another
+    order = on_meta(300_000, dtype=torch.int32)
+    eager.moe_expert_up(part, w13, None, order, offsets, act="silu(g) * u", schedule=GATED)
+    assert [options["constants"]["ROW_OFFSET"] for _, options in launches] == ["gl.int64", "gl.int64"]
 
 
 FORM = BlockForm(tokens=4096, top_k=4, experts=8, hidden=1024, width=512, dtype=torch.bfloat16)

@@ -24,7 +24,7 @@ FORMS = {
     "one expert gets all": FORM.replace(ids="one"),
     "no valid id": FORM.replace(ids="none"),
     "experts without rows": FORM.replace(ids="sparse", experts=40),
-    "many experts": FORM.replace(experts=300, ids="distinct"),
+    "many experts": FORM.replace(experts=256, ids="distinct"),
     "one token": FORM.replace(tokens=1),
     "no tokens": FORM.replace(tokens=0),
     "ungated": FORM.replace(act="relu2", width=512),
