@@ -12,8 +12,8 @@ what of that sum is communication (with the sums of K slots in `combine`, but fo
 one CUDA graph without experts, `pair nccl` the same without symmetric memory (`static` alone). What ways have in common
 is timed once: dispatch and experts of `static`, `sums` and `parts`. Each way is checked before it is timed: against a
 single rank that has the tokens of all, bit by bit, and by the ratio rule on sampled rows; a wrong one stops the run.
-`host` is a probe beside `naive`, which waits for the host: the median microseconds, on the slowest rank, in which it
-issues PROBE additions of eight numbers, one by one in eager torch, whatever the layers are.
+`host` is a probe in turns with `naive`, which waits for the host: the median microseconds, on the slowest rank, in
+which it issues PROBE additions of eight numbers, one by one in eager torch, whatever the layers are.
 The most tokens of a rank come first, then the fewest with `static`, then the rest. Stops before a cell that would go
 past --seconds, and names what was left out. With --device cpu, over gloo and without compilation, it only shows that it
 runs.
@@ -93,16 +93,23 @@ class Bench:
 
         return self.once(("whole", name), make)  # type: ignore[no-any-return]
 
-    def compiled(self, function: Callable[..., Any], *, fullgraph: bool = True) -> Callable[..., Any]:
-        """The function compiled for static shapes; as it is on a CPU."""
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function compiled as one graph for static shapes; as it is on a CPU."""
         if not self.cuda:
             return function
         torch._dynamo.reset()
-        return torch.compile(function, fullgraph=fullgraph, dynamic=False)
+        return torch.compile(function, fullgraph=True, dynamic=False)
 
     def time(self, function: Callable[..., Any], *args: Any, tokens: int, graph: bool = True) -> float:
         """Median microseconds of a call on the slowest rank; as many calls on each."""
+        return self.beside_host(function, *args, tokens=tokens, graph=graph)[0]
+
+    def beside_host(
+        self, function: Callable[..., Any], *args: Any, tokens: int, graph: bool = False
+    ) -> tuple[float, float]:
+        """What `time` tells, and of a call without a graph the probe of the host in turns with it."""
         calls, rounds = (20, 9) if tokens <= 256 else (8, 7) if tokens <= 2048 else (3, 5)
+        probes: list[float] = []
         with torch.no_grad():
             for _ in range(3):
                 function(*args)
@@ -112,11 +119,17 @@ class Bench:
                 torch.cuda.synchronize()
                 distributed.barrier(self.group)
                 run = self._captured(function, args) if graph else functools.partial(function, *args)
-                seconds = [self._evented(run, calls) for _ in range(rounds)]
+                seconds = []
+                for _ in range(rounds if graph else 3 * rounds):  # the host is less steady than the device
+                    probes.append(0.0 if graph else self._probe())
+                    seconds.append(self._evented(run, calls))
                 del run
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
+        return self._slowest(seconds), self._slowest(probes or [self._probe()])
+
+    def _slowest(self, seconds: list[float]) -> float:
         return 1e6 * max(told_by_ranks(self.group, statistics.median(seconds)))
 
     def _captured(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], None]:
@@ -139,14 +152,14 @@ class Bench:
         torch.cuda.synchronize()
         return start.elapsed_time(end) * 1e-3 / calls
 
-    def host(self) -> float:
-        """Median microseconds on the slowest rank in which the host issues `PROBE` small ops."""
+    def _probe(self) -> float:
+        """Seconds in which the host issues `PROBE` small ops: the median of five times."""
         eight, seconds = torch.zeros(8, device=self.device), []
-        for _ in range(51):
+        for _ in range(5):
             if self.cuda:
                 torch.cuda.synchronize()
             seconds.append(_clocked(lambda: [eight.add_(1) for _ in range(PROBE)]))
-        return 1e6 * max(told_by_ranks(self.group, statistics.median(seconds)))
+        return statistics.median(seconds)
 
     def layer(self, way: str, whole: NaiveFusedMoE, tokens: int) -> Any:
         """The layer of a way, with the weights of the whole one."""
@@ -217,11 +230,11 @@ def parts_of(bench: Bench, layer: Any, inputs: tuple[Tensor, ...], *, cell: tupl
         run = bench.compiled(experts)
         return {
             "experts": clock(run, sent.recv_hidden_states, sent.recv_local_expert_ids, graph=static),
-            "dispatch": clock(bench.compiled(dispatch, fullgraph=static), *inputs, graph=static),
+            "dispatch": clock(bench.compiled(dispatch), *inputs, graph=static),
         }
 
     def of_return() -> dict[str, float]:
-        times = {"combine": clock(bench.compiled(combine, fullgraph=static), slots_NH, graph=static)}
+        times = {"combine": clock(bench.compiled(combine), slots_NH, graph=static)}
         if not static:
             return times
         times["pair"] = clock(bench.compiled(pair), *inputs, slots_NH)
@@ -259,7 +272,7 @@ def measure(bench: Bench, cell: tuple[str, int, str]) -> dict[str, object]:
     layer = bench.layer(way, whole, tokens)
     tensor_parallel, static = isinstance(layer, TPFusedMoE), WAYS[way].get("dispatcher") == "static"
     inputs = inputs_of(0, shape, tokens, device=bench.device) if tensor_parallel else own
-    function = bench.compiled(layer.run_experts, fullgraph=way != "naive")
+    function = bench.compiled(layer.run_experts)
     with torch.no_grad():
         found_TH = function(*inputs).clone()
         wanted_TH = bench.once(
@@ -269,8 +282,7 @@ def measure(bench: Bench, cell: tuple[str, int, str]) -> dict[str, object]:
         check = verdict(found_TH, wanted_TH, whole=whole, inputs=inputs)
         syncs = _host_syncs(function, inputs) if static and bench.cuda else ""
     del wanted_TH, found_TH
-    host_us = f"{bench.host():.4g}" if way == "naive" else ""
-    time_us = bench.time(function, *inputs, tokens=tokens, graph=way != "naive")
+    time_us, host_us = bench.beside_host(function, *inputs, tokens=tokens, graph=way != "naive")
     parts = parts_of(bench, layer, inputs, cell=cell)
     every = sum(parts.get(part, 0.0) for part in PARTS)
     times = {f"{part}_us": f"{value:.4g}" for part, value in parts.items()}
@@ -286,7 +298,7 @@ def measure(bench: Bench, cell: tuple[str, int, str]) -> dict[str, object]:
         "gain": f"{one_us / time_us * (1 if tensor_parallel else bench.options.ranks):.3f}",
         "share": f"{1 - parts['experts'] / every:.3f}",
         "overlap": f"{every / time_us:.3f}",
-        "host_us": host_us,
+        "host_us": f"{host_us:.4g}" if way == "naive" else "",
         "graph": bench.cuda and way != "naive",
         "host_syncs": syncs,
         "check": "; ".join(sorted(set(told_by_ranks(bench.group, check)))),

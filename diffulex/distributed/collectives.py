@@ -63,17 +63,6 @@ def _sum_over_ranks(tensor: Tensor, group: str) -> Tensor:
     return summed if summed.dtype == tensor.dtype else summed.to(tensor.dtype)
 
 
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, recv: list[int], send: list[int], group: str) -> Tensor:
-        ctx.recv, ctx.send, ctx.group = recv, send, group
-        return exchange(rows, recv, send=send, group=group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return exchange(grad, ctx.send, send=ctx.recv, group=ctx.group), None, None, None
-
-
 class _CopyToRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: str) -> Tensor:
@@ -94,11 +83,6 @@ class _SumOfRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return copy_to_ranks(grad, ctx.group), None
-
-
-def all_to_all(rows: Tensor, recv: list[int], *, send: list[int], group: str) -> Tensor:
-    """`exchange` of floating rows [S, ...] -> [R, ...]; the gradient goes the way back."""
-    return _AllToAll.apply(rows, recv, send, group)
 
 
 def copy_to_ranks(tensor: Tensor, group: str) -> Tensor:

@@ -105,8 +105,7 @@ class DispatchMetadata:
     """What a rank sent to the others and received from them, R rows received in all; the way back needs it.
 
     num_tokens          T tokens of this rank
-    send_splits         rows sent to each rank
-    recv_splits         rows received from each rank, R in all
+    splits_2R           [2, ranks] int64 on the CPU: rows sent to each rank, and rows received from each, R in all
     recv_hidden_states  [R, H] floating
     recv_local_expert   [R] int32 or int64, the expert's number on this rank; outside means none
     recv_token_indices  [R] int32 or int64, the token on the rank that sent it
@@ -114,8 +113,7 @@ class DispatchMetadata:
     """
 
     num_tokens: int
-    send_splits: tuple[int, ...]
-    recv_splits: tuple[int, ...]
+    splits_2R: Tensor
     recv_hidden_states: Tensor
     recv_local_expert: Tensor
     recv_token_indices: Tensor
@@ -126,18 +124,18 @@ class DispatchMetadata:
             self.check()
 
     def check(self) -> None:
-        """Raise the error of the catalogue that says what does not fit: shapes, dtypes, devices, splits."""
-        where, rows = "DispatchMetadata", sum(self.recv_splits)
-        if len(self.send_splits) != len(self.recv_splits) or min(*self.send_splits, *self.recv_splits, 0) < 0:
-            raise MoERangeError.of(
-                where,
-                expected="send_splits and recv_splits with one count per rank, none negative",
-                got=f"{self.send_splits} and {self.recv_splits}",
-                hint="Both list all ranks of the group in order.",
-            )
+        """Raise the error of the catalogue that says what does not fit: shapes, dtypes, devices, splits.
+
+        Compiled code does not look at the values of the splits.
+        """
+        where, rows = "DispatchMetadata", self.total_recv_slots
+        check_shape(where, "recv_hidden_states", self.recv_hidden_states, (None, None))
+        check_shape(where, "splits", self.splits_2R, (2, None))
+        check_int(where, "splits", self.splits_2R)
+        if not torch.compiler.is_compiling():
+            self._check_splits(where)
         if self.num_tokens < 0:
             raise MoERangeError.of(where, expected="num_tokens >= 0", got=str(self.num_tokens), hint="Count tokens.")
-        check_shape(where, "recv_hidden_states", self.recv_hidden_states, (rows, None))
         for name in ("recv_local_expert", "recv_token_indices", "recv_weights"):
             check_shape(where, name, getattr(self, name), (rows,))
         check_int(where, "recv_local_expert", self.recv_local_expert)
@@ -147,10 +145,29 @@ class DispatchMetadata:
         names = ("recv_hidden_states", "recv_local_expert", "recv_token_indices", "recv_weights")
         _check_devices(where, self, *names)
 
+    def _check_splits(self, where: str) -> None:
+        if min(*self.send_splits, *self.recv_splits) < 0 or sum(self.recv_splits) != self.total_recv_slots:
+            raise MoERangeError.of(
+                where,
+                expected=f"splits of which none is negative, and {self.total_recv_slots} rows received",
+                got=f"{self.send_splits} sent and {self.recv_splits} received",
+                hint="Both list all ranks of the group in order.",
+            )
+
+    @property
+    def send_splits(self) -> tuple[int, ...]:
+        """Rows sent to each rank."""
+        return tuple(self.splits_2R[0].tolist())
+
+    @property
+    def recv_splits(self) -> tuple[int, ...]:
+        """Rows received from each rank."""
+        return tuple(self.splits_2R[1].tolist())
+
     @property
     def total_recv_slots(self) -> int:
         """R."""
-        return sum(self.recv_splits)
+        return self.recv_hidden_states.shape[0]
 
 
 @dataclasses.dataclass(frozen=True)

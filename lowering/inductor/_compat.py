@@ -32,7 +32,7 @@ from torch._inductor.select_algorithm import (
 )
 from torch._inductor.virtualized import V, ops
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import has_free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, has_free_unbacked_symbols
 from torch.utils._ordered_set import OrderedSet
 
 __all__ = [
@@ -85,9 +85,13 @@ def known_size(size: Any) -> int | None:
 
 
 def size_hint(size: Any) -> int | None:
-    """A size, where it is symbolic that of the inputs which are compiled for; no guard. None where data decides it."""
+    """A size, where it is symbolic that of the inputs which are compiled for; no guard.
+
+    None where data decides it, unless it was said what to expect (`torch._dynamo.mark_unbacked` with `hint_override`).
+    """
     known = known_size(size)
-    if known is not None or has_free_unbacked_symbols(size):
+    expected = V.graph.sizevars.shape_env.var_to_hint_override if known is None else ()
+    if known is not None or not free_unbacked_symbols(size) <= set(expected):
         return known
     return int(V.graph.sizevars.optimization_hint(size))
 

@@ -465,9 +465,9 @@ FAULTS = (
     ),
     Fault(
         "a rank's gradients go where its tokens went",
-        "diffulex/distributed/collectives.py",
-        "        return exchange(grad, ctx.send, send=ctx.recv, group=ctx.group), None, None, None\n",
-        "        return exchange(grad, ctx.recv, send=ctx.send, group=ctx.group), None, None, None\n",
+        "diffulex/distributed/slots.py",
+        "    return exchange_rows(grad_RH, splits_2R, count=ctx.count, back=True, group=ctx.group), None, None, None\n",
+        "    return exchange_rows(grad_RH, splits_2R, count=ctx.count, back=False, group=ctx.group), None, None, None\n",
         RANKS,
         "naive_exchange_equals",
     ),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from diffulex.cli.accuracy import error_ratio
 from diffulex.distributed import ParallelConfig
 from diffulex.moe import EPFusedMoE, MoESpec
 from lowering.spec import RoutingSpec
@@ -36,6 +37,30 @@ def _layers(size: int, exact: bool, chunks: int = 1) -> tuple[Any, Any]:
     other.dispatcher = copy.copy(layer.dispatcher)
     other.dispatcher.workspace = None
     return layer, other
+
+
+def naive(rank: int, size: int) -> list[str]:
+    """What breaks the ratio rule of the exchange with exact splits, as one graph, beside itself in eager mode."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    state = make_layer(SPEC, dtype=torch.bfloat16).to(device).state_dict()
+
+    def layer_in(dtype: torch.dtype) -> Any:
+        layer = EPFusedMoE(SPEC, parallel=ParallelConfig(_mesh(size)), device=device, dtype=dtype)
+        layer.load_full({name: tensor.to(dtype) for name, tensor in state.items()})
+        return layer
+
+    eager, exact, compiled = layer_in(torch.bfloat16), layer_in(torch.float64), layer_in(torch.bfloat16)
+    torch._dynamo.reset()
+    compiled.run_experts = torch.compile(compiled.run_experts, fullgraph=True)
+    broken = []
+    for seed, counts in enumerate([(64, 64), (7, 500), (0, 5), (1, 0), (0, 0)]):
+        hidden_TH, weights_TK, ids_TK = _inputs(rank, counts[rank % 2], seed)
+        wanted = expert_results(exact, hidden_TH.double(), weights_TK.double(), ids_TK)
+        found, stock = (expert_results(which, hidden_TH, weights_TK, ids_TK) for which in (compiled, eager))
+        for name, value in wanted.items():
+            told = error_ratio([found[name]], [stock[name]], oracle=[value])
+            broken += [f"{name} of {counts}: {told.problem}"] if told.problem else []
+    return broken
 
 
 def _inputs(rank: int, count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,43 +10,56 @@ from torch import Tensor
 
 from lowering import ops
 
-from ...distributed.collectives import all_to_all, exchange
+from ...distributed.collectives import exchange
+from ...distributed.slots import exchange_rows, send_rows
 from ..metadata import DispatchMetadata
 from .base_dispatcher import DispatcherOutput, TokenDispatcher
-
-_SPLITS = "the splits of an exchange with exact splits are read on the host"
 
 
 @dataclasses.dataclass(frozen=True)
 class NaiveDispatchMetadata(DispatchMetadata):
     """The record of an exchange of slots, and what the sender keeps.
 
-    sent_slots    [S] int32, the slots that were sent, by rank of their expert
+    order_N       [N] int32, slots by rank of their expert, those of no expert last
     weights_TK    [T, K] floating
     """
 
-    sent_slots: Tensor
+    order_N: Tensor
     weights_TK: Tensor
 
 
 class _SlotsOfTokens(torch.autograd.Function):
-    """hidden [T, H] -> the rows [S, H] of slots, whose tokens are given; the gradient adds a token's slots in their
-    order, in fp32.
+    """hidden [T, H] -> the rows [N, H] of slots in an order [N] whose tokens [N] are given; the gradient adds a token's
+    slots one after the other, in fp32.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_TH: Tensor, slots_S: Tensor, tokens_S: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(slots_S)
+    def forward(ctx: Any, hidden_TH: Tensor, order_N: Tensor, token_N: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order_N)
         ctx.shape = (hidden_TH.shape[0], top_k, hidden_TH.shape[1])
-        return hidden_TH.index_select(0, tokens_S)
+        return hidden_TH.index_select(0, token_N)
 
     @staticmethod
-    def backward(ctx: Any, grad_SH: Tensor) -> tuple[Tensor, None, None, None]:
-        (slots_S,) = ctx.saved_tensors
-        tokens, top_k, hidden = ctx.shape
-        grad_NH = grad_SH.new_zeros(tokens * top_k, hidden).index_copy(0, slots_S.long(), grad_SH)
-        wide = torch.promote_types(grad_SH.dtype, torch.float32)
-        return grad_NH.view(tokens, top_k, hidden).sum(1, dtype=wide).to(grad_SH.dtype), None, None, None
+    def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor, None, None, None]:
+        (order_N,) = ctx.saved_tensors
+        slots_TKH = _InPlace.apply(grad_NH, order_N).view(ctx.shape)
+        wide = torch.promote_types(grad_NH.dtype, torch.float32)
+        return slots_TKH.sum(1, dtype=wide).to(grad_NH.dtype), None, None, None
+
+
+class _InPlace(torch.autograd.Function):
+    """Rows [N, H] of slots in an order [N] -> in that of the slots. A gather, which a kernel behind it takes in."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_NH: Tensor, order_N: Tensor) -> Tensor:
+        ctx.save_for_backward(order_N)
+        numbers_N = torch.arange(order_N.shape[0], dtype=order_N.dtype, device=order_N.device)
+        return rows_NH.index_select(0, torch.empty_like(order_N).scatter_(0, order_N.long(), numbers_N))
+
+    @staticmethod
+    def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor, None]:
+        (order_N,) = ctx.saved_tensors
+        return grad_NH.index_select(0, order_N), None
 
 
 class NaiveA2ADispatcher(TokenDispatcher[NaiveDispatchMetadata]):
@@ -57,7 +70,8 @@ class NaiveA2ADispatcher(TokenDispatcher[NaiveDispatchMetadata]):
     slot and are weighted once, where they came from. Result and gradients equal that single rank's bitwise, as far as
     the GEMMs do not round by the alignment of their arguments.
 
-    Splits are read on the host: compiled code breaks its graph here.
+    Splits are read on the host, in an op: `torch.compile(fullgraph=True)` holds the call in one graph, whose rows here
+    have an unbacked size; without it, where Dynamo's `capture_dynamic_output_shape_ops` is off, the graph breaks there.
     """
 
     def _dispatch(
@@ -71,31 +85,13 @@ class NaiveA2ADispatcher(TokenDispatcher[NaiveDispatchMetadata]):
         counts_R = (offsets_R1[1:] - offsets_R1[:-1]).long()
         ones = [1] * self.size
         both_2R = torch.stack((counts_R, exchange(counts_R, ones, send=ones, group=self.group)))
-        return self._send(hidden_TH, weights_TK, order_N, details_N3, both_2R)
-
-    @torch.compiler.disable(reason=_SPLITS)
-    def _send(
-        self, hidden_TH: Tensor, weights_TK: Tensor, order_N: Tensor, details_N3: Tensor, both_2R: Tensor
-    ) -> DispatcherOutput[NaiveDispatchMetadata]:
-        """Slots in order_N [N] int32 and details_N3 [N, 3] int32 of them to their ranks, by splits [2, ranks] int64."""
-        send, recv = both_2R.tolist()
-        sent = sum(send)
-        slots_S, details_S3 = order_N[:sent], details_N3[:sent]
-        rows_SH = _SlotsOfTokens.apply(hidden_TH, slots_S, details_S3[:, 1], weights_TK.shape[1])
-        recv_RH = all_to_all(rows_SH, recv, send=send, group=self.group)
-        details_R3 = exchange(details_S3, recv, send=send, group=self.group)
-        rows_R, tokens_R, _ = details_R3.unbind(1)
-        weights_R = details_R3.view(torch.float32)[:, 2]
+        rows_NH = _SlotsOfTokens.apply(hidden_TH, order_N, token_N, weights_TK.shape[1])
+        recv_RH, details_R3, splits_2R = send_rows(rows_NH, details_N3, splits_2R=both_2R, group=self.group)
+        rows_R, tokens_R, words_R = details_R3.unbind(1)
+        weights_R = words_R.contiguous().view(torch.float32)
+        received = (recv_RH, rows_R, tokens_R, weights_R)
         metadata = NaiveDispatchMetadata(
-            hidden_TH.shape[0],
-            tuple(send),
-            tuple(recv),
-            recv_RH,
-            rows_R,
-            tokens_R,
-            weights_R,
-            sent_slots=slots_S,
-            weights_TK=weights_TK,
+            hidden_TH.shape[0], splits_2R, *received, order_N=order_N, weights_TK=weights_TK
         )
         return DispatcherOutput(metadata, recv_RH, rows_R.unsqueeze(1), weights_R.unsqueeze(1))
 
@@ -103,13 +99,7 @@ class NaiveA2ADispatcher(TokenDispatcher[NaiveDispatchMetadata]):
         return metadata.total_recv_slots
 
     def _combine(self, slots_NH: Tensor, metadata: NaiveDispatchMetadata) -> Tensor:
-        return ops.moe_combine(self._back(slots_NH, metadata), metadata.weights_TK)
-
-    @torch.compiler.disable(reason=_SPLITS)
-    def _back(self, slots_NH: Tensor, metadata: NaiveDispatchMetadata) -> Tensor:
-        """The results of this rank's slots [T * K, H] in their order, zeros where there is no expert."""
-        send, recv = list(metadata.send_splits), list(metadata.recv_splits)
-        back_SH = all_to_all(slots_NH, send, send=recv, group=self.group)
-        count = metadata.weights_TK.numel()
-        make = back_SH.new_empty if back_SH.shape[0] == count else back_SH.new_zeros  # each slot is written, or not
-        return make(count, slots_NH.shape[1]).index_copy_(0, metadata.sent_slots.long(), back_SH)
+        """Slots in their places, with zeros where there is no expert, and their weighted sums."""
+        count = metadata.order_N.shape[0]
+        back_NH = exchange_rows(slots_NH, metadata.splits_2R, count=count, back=True, group=self.group)
+        return ops.moe_combine(_InPlace.apply(back_NH, metadata.order_N), metadata.weights_TK)

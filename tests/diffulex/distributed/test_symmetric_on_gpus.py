@@ -1,4 +1,4 @@
-"""Symmetric memory between GPUs of one host: bit by bit what collectives give, in eager code, graphs and replays."""
+"""Exchanges between GPUs of one host. Symmetric memory: bit by bit what collectives give, in eager code and graphs."""
 
 import pytest
 import torch
@@ -22,6 +22,10 @@ def pair():
 def test_the_layer_says_that_memory_is_shared(pair):
     for text in pair.run(gpu_rank_cases.transport, SIZE):
         assert "dispatch by symmetric memory; combine by symmetric memory" in text
+
+
+def test_exact_splits_in_one_graph(pair):
+    assert pair.run(gpu_rank_cases.naive, SIZE) == [[], []]
 
 
 @pytest.mark.parametrize("exact", [True, False])

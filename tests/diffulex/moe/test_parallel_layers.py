@@ -353,6 +353,8 @@ STEPS = ((0, 1), (1, 0), (5, 9), (9, 2), (3, 0))
 @pytest.mark.parametrize(
     ("name", "how", "memory"),
     [
+        ("qwen3", "naive", False),
+        ("weight_on_input", "naive", False),
         ("qwen2_moe", "static", False),
         ("weight_on_input", "static", False),
         ("qwen3", "sums", False),
@@ -360,7 +362,7 @@ STEPS = ((0, 1), (1, 0), (5, 9), (9, 2), (3, 0))
         ("qwen3", "sums", True),
     ],
 )
-def test_static_exchange_compiles_into_one_graph(pair, name, how, memory, train):
+def test_exchanges_compile_into_one_graph(pair, name, how, memory, train):
     case = Case(SPECS[name], (), torch.float64, EXCHANGES[how], memory=memory)
     for told in pair.run(rank_cases.run_compiled, case, 2, "aot_eager", STEPS, train):
         assert told["graphs"] <= 3 and told["stage"] == "COMBINED"
@@ -370,7 +372,7 @@ def test_static_exchange_compiles_into_one_graph(pair, name, how, memory, train)
 
 
 def test_compiled_code_holds_what_of_the_naive_exchange_has_a_shape(pair):
-    """The slots' order and the sums of a token's slots are in graphs, and these serve every routing soon."""
+    """Without `fullgraph`, where the graph breaks; the graphs around serve every routing soon."""
     case = Case(SPECS["qwen3"], (9, 4), torch.bfloat16, EXCHANGES["naive"])
     for found in pair.run(rank_cases.run_broken, case, 2, 6):
         assert all(torch.equal(one, other) for one, other in found["results"])
@@ -382,10 +384,10 @@ def test_compiled_code_holds_what_of_the_naive_exchange_has_a_shape(pair):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "memory"),
-    [(STATIC, False), (STATIC, True), ((*EXCHANGES["sums"], ("chunks", 2)), True)],
-    ids=["collectives", "memory", "parts"],
+    [((), False), (STATIC, False), (STATIC, True), ((*EXCHANGES["sums"], ("chunks", 2)), True)],
+    ids=["naive", "collectives", "memory", "parts"],
 )
-def test_inductor_compiles_the_static_exchange(pair, options, memory):
+def test_inductor_compiles_exchanges(pair, options, memory):
     case = Case(SPECS["qwen3"], (), torch.float64, options, memory=memory)
     for told in pair.run(rank_cases.run_compiled, case, 2, "inductor", STEPS[2:4], False):
         for found, wanted in told["results"]:
