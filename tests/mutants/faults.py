@@ -466,8 +466,8 @@ FAULTS = (
     Fault(
         "a rank's gradients go where its tokens went",
         "diffulex/distributed/slots.py",
-        "    return exchange_rows(grad_RH, splits_2R, count=ctx.count, back=True, group=ctx.group), None, None, None\n",
-        "    return exchange_rows(grad_RH, splits_2R, count=ctx.count, back=False, group=ctx.group), None, None, None\n",
+        "exchange_rows(grad_RH, splits_2R, count=ctx.count, back=True, group=ctx.group)",
+        "exchange_rows(grad_RH, splits_2R, count=ctx.count, back=False, group=ctx.group)",
         RANKS,
         "naive_exchange_equals",
     ),

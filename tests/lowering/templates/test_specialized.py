@@ -37,7 +37,7 @@ ACTS = [
 RARE = ["gelu(g) * u", "tanh(g) * u", "log1p(exp(g))"]
 
 
-def compiled(sizes, stage, *, act="silu(g) * u", unread=True, dtype=torch.bfloat16):
+def compiled(sizes, stage, *, act="silu(g) * u", unread=True, dtype=torch.bfloat16, paced=False):
     num_experts, top_k, hidden, width = sizes
     up, gated, rows = stage == "up", stage == "up" and is_gated(canonical(act)), 64 * top_k
     out_width, depth = (width, hidden) if up else (hidden, width)
@@ -47,10 +47,11 @@ def compiled(sizes, stage, *, act="silu(g) * u", unread=True, dtype=torch.bfloat
         "ORDER": on_meta(rows, dtype=torch.int32),
         "OFFSETS": on_meta(num_experts + 1, dtype=torch.int32),
         "OUT": on_meta(rows, out_width, dtype=dtype),
+        "PROGRESS": on_meta(1, dtype=torch.int32),
     }
     variant = eager.up_variant(dtype, act=act, bias=False) if up else eager.down_variant(dtype, bias=False)
     schedule = Schedule.specialized(gated=gated)
-    variant = dataclasses.replace(variant, unread=unread)
+    variant = dataclasses.replace(variant, unread=unread, paced=paced)
     variant = variant.scheduled(schedule, depth=depth, strides=tensors["W"].stride())
     constants = gemm_constants(num_experts, top_k if up else 1, width=out_width, schedule=schedule)
     return compile_for_h100(
@@ -62,7 +63,7 @@ def compiled(sizes, stage, *, act="silu(g) * u", unread=True, dtype=torch.bfloat
     )
 
 
-def assert_good(kernel, facts, *, most_spilled=16):
+def assert_good(kernel, facts, *, most_spilled=16, atomics=0):
     """No spill in a main loop; elsewhere a register or two where the groups part, and what an activation may need."""
     assert facts["spilled"] <= most_spilled, facts
     lines = kernel.asm["sass"].splitlines()
@@ -74,7 +75,7 @@ def assert_good(kernel, facts, *, most_spilled=16):
     assert kernel.metadata.shared <= H100.shared_memory
     ptx = kernel.asm["ptx"]
     assert "cp.async.bulk.tensor.5d" in ptx
-    assert not re.search(r"\b(atom|red)\.global", ptx)
+    assert len(re.findall(r"\b(?:atom|red)\.", ptx)) == atomics
 
 
 @pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
@@ -84,6 +85,14 @@ def test_models_compile(sizes, stage):
     assert_good(kernel, facts)
     assert ("cp.async.cg" in kernel.asm["ptx"]) == (stage == "up"), "gathered rows by asynchronous copies of 16 bytes"
     assert "st.global.v4" in kernel.asm["ptx"], "16 bytes at once"
+
+
+@pytest.mark.parametrize("stage", ["up", "down"])
+def test_programs_that_keep_step_compile(stage):
+    """One count, of a whole number: no result depends on who comes first."""
+    kernel, facts = compiled((64, 8, 7168, 2048), stage, paced=True)
+    assert_good(kernel, facts, atomics=1)
+    assert "atom.global.gpu.relaxed.add.u32" in kernel.asm["ptx"]
 
 
 @pytest.mark.parametrize("act", ACTS + RARE)
@@ -127,7 +136,7 @@ class Device:
 def launches(monkeypatch):
     calls = []
     monkeypatch.setattr(eager, "device_spec", lambda index: Device)
-    monkeypatch.setattr(standalone, "launch", lambda text, tensors, **options: calls.append((text, options)))
+    monkeypatch.setattr(standalone, "launch", lambda text, tensors, **options: calls.append((text, tensors, options)))
     return calls
 
 
@@ -139,6 +148,18 @@ def up_on_meta(schedule, *, bias=False, hidden=64, width=128, strides=None, **op
     return eager.moe_expert_up(
         on_meta(6, hidden), w13, b13, order, offsets, act="silu(g) * u", schedule=schedule, **options
     )
+
+
+def test_programs_keep_step_where_experts_have_several_row_tiles(launches):
+    """And have a count of their own, which is zero."""
+    for rows in (4 * 192, 4 * 192 + 1):
+        order, offsets = torch.zeros(rows, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
+        hidden, w13 = torch.zeros(rows, 64, dtype=torch.bfloat16), torch.zeros(4, 256, 64, dtype=torch.bfloat16)
+        eager.moe_expert_up(hidden, w13, None, order, offsets, act="silu(g) * u", schedule=GATED)
+    (plain, tensors, _), (paced, with_count, options) = launches
+    assert "PROGRESS" not in plain and "PROGRESS" not in tensors
+    assert "_keep_step(PROGRESS, goal, patience)" in paced and options["name"].endswith("_paced")
+    assert with_count["PROGRESS"].tolist() == [0]
 
 
 REFUSED = {
@@ -170,7 +191,7 @@ def test_a_plan_falls_back_and_says_why(change, launches, monkeypatch):
     (found,) = decisions
     assert (found.outcome, found.reason.code) == ("no specialised warps", ReasonCode.SHAPE)
     assert (got if change != "deep" else "96 deep") in found.reason.detail
-    ((text, launched),) = launches
+    ((text, _, launched),) = launches
     assert "gluon" not in text
     assert launched["num_warps"] == 8
 
@@ -229,7 +250,7 @@ def test_rows_that_are_counted_in_64_bits(launches):
     part = on_meta(300_000, 8192)[:, :4096]  # fewer elements, as far from one another
     order = on_meta(300_000, dtype=torch.int32)
     eager.moe_expert_up(part, w13, None, order, offsets, act="silu(g) * u", schedule=GATED)
-    assert [options["constants"]["ROW_OFFSET"] for _, options in launches] == ["gl.int64", "gl.int64"]
+    assert [options["constants"]["ROW_OFFSET"] for _, _, options in launches] == ["gl.int64", "gl.int64"]
 
 
 FORM = BlockForm(tokens=4096, top_k=4, experts=8, hidden=1024, width=512, dtype=torch.bfloat16)
@@ -288,7 +309,7 @@ def test_the_op_a_graph_calls_takes_the_numbers_of_a_schedule(launches):
         *(hidden, w13, order, offsets), "silu(g) * u", True, True, numbers_of(schedule)
     )
     assert out.shape == fake.shape == (12, 128)
-    ((text, options),) = launches
+    ((text, _, options),) = launches
     assert options["constants"]["GROUP_M"] == 5
     assert (options["num_warps"], options["num_stages"]) == (4, 4)
     assert "zeros" not in text.partition("def_kernel")[2], "unread rows are left as they are"

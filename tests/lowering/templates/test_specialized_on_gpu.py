@@ -1,6 +1,7 @@
 """The kernels with specialised warps on a GPU: the ratio rule, the bits of other schedules, no wait, compiled."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from lowering.inductor import lowerings
 from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
 from lowering.schedule.schedule import Loop, Schedule
-from lowering.templates import eager
+from lowering.templates import eager, standalone
 from tests.support.inputs import BlockForm, make_block, sort_slots
 from tests.support.oracle import assert_oracle_ratio
 
@@ -31,6 +32,7 @@ FORMS = {
     "swiglu_oai": FORM.replace(act="swiglu_oai"),
     "top 1": FORM.replace(top_k=1, act="geglu_tanh"),
     "row tiles in groups": FORM.replace(tokens=9000, experts=2, top_k=1, ids="distinct"),
+    "several waves": FORM.replace(tokens=3000, top_k=2, experts=2, hidden=2048, width=1536, ids="distinct"),
     "shallow": FORM.replace(hidden=256, width=128),
     "one step": FORM.replace(tokens=400, hidden=256, width=128, act="relu2").replace(width=256),
 }
@@ -140,6 +142,36 @@ def test_nothing_waits_for_the_device():
         chain(*found, FORM, specialized(FORM))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("count", [-(2**30), 2**30], ids=["nobody comes", "all are ahead"])
+def test_nothing_but_time_depends_on_the_count(count, monkeypatch):
+    """Programs that cannot run beside one another would wait for good, were there no end to their patience."""
+    form = FORMS["several waves"]
+    found, launch = operands(form), standalone.launch
+    wanted = chain(*found, form, specialized(form))
+
+    def counted(text, tensors, **options):
+        tensors["PROGRESS"].fill_(count)
+        launch(text, tensors, **options)
+
+    monkeypatch.setattr(standalone, "launch", counted)
+    assert all(map(torch.equal, wanted, chain(*found, form, specialized(form))))
+
+
+def test_programs_keep_step():
+    """Each program counts every eighth step of the tiles that all of them have."""
+    form = FORMS["several waves"]
+    block, order_N, offsets_E1 = operands(form)
+    with mock.patch.object(standalone, "launch", wraps=standalone.launch) as launch:
+        chain(block, order_N, offsets_E1, form, specialized(form))
+        counts = [call.args[1]["PROGRESS"].item() for call in launch.call_args_list]
+    programs = torch.cuda.get_device_properties(0).multi_processor_count
+    rows = offsets_E1.diff().tolist()
+    row_tiles = sum(-(-count // 192) for count in rows)
+    waves = [row_tiles * (form.width // 128) // programs, row_tiles * (form.hidden // 256) // programs]
+    steps = [-(-form.hidden // 64 // 8), -(-form.width // 64 // 8)]
+    assert counts == [programs * wave * step for wave, step in zip(waves, steps, strict=True)]
 
 
 def test_groups_of_another_height():
