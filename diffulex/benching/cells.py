@@ -25,11 +25,15 @@ _DENSE = "dense products"  # its name among what is timed
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is the same in all cells: where timing begins ("topk", "logits"), how tokens are routed, the ceilings."""
+    """What is the same in all cells: where timing begins ("topk", "logits"), how tokens are routed, the ceilings.
+
+    alone: seconds for which each peer runs by itself before each of its samples, of which there are fewer then (CUDA)
+    """
 
     source: str
     routing: str
     ceilings: Ceilings
+    alone: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +105,8 @@ def measure_cell(layer: Layer, tokens: int, *, peers: Sequence[Peer], options: O
         if device.type == "cuda" and work.intensity > options.ceilings.matrix_rate / options.ceilings.read_rate:
             products = dense_products(case.spec, inputs[0].ids_TK.numel(), dtype=layer.dtype, device=device)
             timed[_DENSE] = capture(products, [()] * len(inputs))
-        times = round_robin(timed, len(inputs)) if device.type == "cuda" else wall_clock(timed)
+        turns: dict[str, Any] = {"rounds": 5, "alone": options.alone} if options.alone else {}
+        times = round_robin(timed, len(inputs), **turns) if device.type == "cuda" else wall_clock(timed)
     results = [dataclasses.replace(result, microseconds=times.get(result.peer)) for result, _ in prepared]
     return Cell(case.name, tokens, work, work.floor(options.ceilings), tuple(results), dense=times.get(_DENSE))
 

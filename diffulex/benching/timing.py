@@ -33,17 +33,24 @@ def capture(
     return graph
 
 
-def round_robin(graphs: Mapping[Name, torch.cuda.CUDAGraph], calls: int, *, rounds: int = 15) -> dict[Name, float]:
+def round_robin(
+    graphs: Mapping[Name, torch.cuda.CUDAGraph], calls: int, *, rounds: int = 15, alone: float = 0.0
+) -> dict[Name, float]:
     """Median microseconds per call of each graph, replayed in turn so that all see the same clocks.
 
     The order is another one in each round, the same in each run: after a graph that draws little power the next one
-    finds higher clocks, which was worth 15 % of what takes some milliseconds.
+    finds higher clocks, which was worth 15 % of what takes some milliseconds. alone: seconds for which a graph is
+    replayed before each of its samples, so that at the power cap it has the clocks that itself leaves.
     """
     samples: dict[Name, list[float]] = {name: [] for name in graphs}
     shuffled, names = random.Random(0), list(graphs)
     for _ in range(rounds):
         shuffled.shuffle(names)
         for name in names:
+            began = time.perf_counter()
+            while time.perf_counter() - began < alone:
+                graphs[name].replay()
+                torch.cuda.synchronize()
             samples[name].append(1e6 * _event_seconds(graphs[name].replay) / calls)
     return {name: statistics.median(values[_WARM_UP_ROUNDS:]) for name, values in samples.items()}
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _MOST_OF_MEMORY = 0.8  # the rest is for activations, the compiler and everything else
 COLUMNS = (
-    *("device", "torch", "dtype", "from", "routing", "matrix_rate", "read_rate"),
+    *("device", "torch", "dtype", "from", "routing", "alone", "matrix_rate", "read_rate"),
     *("layer", "E", "K", "H", "I", "tokens", "flop", "bytes", "floor_us", "dense_us"),
     *("peer", "outcome", "us", "relative_error", "mean_ratio", "max_ratio", "detail"),
 )
@@ -63,6 +63,9 @@ def add_parser(commands: Any) -> None:
     option("--peers", nargs="+", metavar="PEER",
            help="these alone; on CUDA diffulex, stock (transformers' grouped_mm under "
            "torch.compile), vllm; on a CPU diffulex, eager, grouped_mm, batched_mm")  # fmt: skip
+    option("--alone", type=float, default=0.0, metavar="SECONDS",
+           help="on CUDA: replay each peer by itself for so long before each of its samples, 5 in all; what runs at the "
+           "power cap has its own clocks then, and not those that its neighbours leave (default: 0, 15 samples)")  # fmt: skip
     option("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
     option("--out", type=Path, metavar="FILE", help="also write all numbers there, as CSV")
     option("--picture", type=Path, metavar="FILE", help="also draw the roofline there, as SVG")
@@ -77,6 +80,10 @@ def run(args: argparse.Namespace) -> int:
     for count in tokens:
         if count < 1:
             raise MoERangeError.of("--tokens", expected="at least 1", got=str(count), hint="Give positive numbers.")
+    if not 0 <= args.alone < float("inf"):
+        raise MoERangeError.of(
+            "--alone", expected="0 or more seconds", got=str(args.alone), hint="Half a second will do."
+        )
     for option, file in (("--out", args.out), ("--picture", args.picture)):
         if file is not None:
             check_writable(option, file)
@@ -91,8 +98,11 @@ def run(args: argparse.Namespace) -> int:
     for name, reason in left_out.items():
         print(f"left out: {name}, {reason}")
     with progress("ceilings", 1), torch.no_grad():
-        options = Options(args.source, args.routing, measure_ceilings(device, dtype))
-    print(f"{_name(dtype)}, from {args.source}, routing {args.routing}; ceilings: {options.ceilings}", flush=True)
+        options = Options(args.source, args.routing, measure_ceilings(device, dtype), args.alone)
+    alone = f"; {args.alone:g} s alone before each sample" if args.alone else ""
+    print(
+        f"{_name(dtype)}, from {args.source}, routing {args.routing}{alone}; ceilings: {options.ceilings}", flush=True
+    )
     run_facts = _run_facts(device, dtype, options=options)
     cells: list[Cell] = []
     try:
@@ -175,7 +185,8 @@ def _rows(file: Path | None) -> Iterator[Any]:
 
 def _run_facts(device: torch.device, dtype: torch.dtype, *, options: Options) -> list[str]:
     rates = (f"{rate:.4g}" for rate in (options.ceilings.matrix_rate, options.ceilings.read_rate))
-    return [_device_name(device), torch.__version__, _name(dtype), options.source, options.routing, *rates]
+    alone = f"{options.alone:g}"
+    return [_device_name(device), torch.__version__, _name(dtype), options.source, options.routing, alone, *rates]
 
 
 def csv_rows(cell: Cell, case: Case) -> list[list[str]]:

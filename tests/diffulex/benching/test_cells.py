@@ -159,12 +159,17 @@ def test_where_arithmetic_decides_dense_products_take_their_turn_on_cuda(monkeyp
     monkeypatch.setattr(cells, "Checker", lambda _layer, inputs, *, source: Checker(layer, inputs, source=source))
     monkeypatch.setattr(cells, "dense_products", lambda spec, rows, **place: captured.append(rows) or wanted)
     monkeypatch.setattr(cells, "capture", lambda run, made: (run, len(made)))
-    monkeypatch.setattr(cells, "round_robin", lambda graphs, calls: dict.fromkeys(graphs, 3.0))
+    turns = []
+    monkeypatch.setattr(
+        cells, "round_robin", lambda graphs, calls, **given: turns.append(given) or dict.fromkeys(graphs, 3.0)
+    )
     options = dataclasses.replace(OPTIONS, ceilings=Ceilings(matrix_rate=1.0, read_rate=1e9))
     own = Peer("own", "cuda", lambda *args: GROUPED.build(layer, "topk"))
     cell = measure_cell(faked, 9, peers=[own], options=options)
     assert cell.dense == 3.0 and captured == [9 * layer.case.shape.top_k]
     assert [result.peer for result in cell.results] == ["own"]
+    measure_cell(faked, 9, peers=[own], options=dataclasses.replace(options, alone=0.5))
+    assert turns == [{}, {"rounds": 5, "alone": 0.5}]
 
 
 def test_dense_products_have_the_flop_of_the_experts():

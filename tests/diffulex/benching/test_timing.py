@@ -1,6 +1,7 @@
 """Round-robin medians: who is timed when, and what counts. Capture itself needs a GPU."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +71,28 @@ def test_graphs_are_replayed_in_changing_turns_and_warm_up_is_left_out(monkeypat
     replayed.clear()
     round_robin(graphs, 2, rounds=5)
     assert [replayed[start : start + 3] for start in range(0, 15, 3)] == turns
+
+
+def test_graphs_run_alone_before_their_samples(monkeypatch):
+    """For so long, and without being counted."""
+    clock, waits = Clock(monkeypatch), []
+    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda: waits.append(clock.made[-1]))
+    monkeypatch.setattr(timing, "_event_seconds", lambda replay: replay("sample"))
+
+    def graph(name, seconds):
+        def replay(kind="alone"):
+            clock.call(name, kind, seconds)
+            return seconds
+
+        return SimpleNamespace(replay=replay)
+
+    times = round_robin({"a": graph("a", 0.2), "b": graph("b", 0.3)}, 1, rounds=3, alone=0.5)
+    assert times == {"a": pytest.approx(2e5), "b": pytest.approx(3e5)}
+    for number, (name, kind) in enumerate(clock.made):
+        if kind == "sample":
+            count = {"a": 3, "b": 2}[name]
+            assert clock.made[number - count : number] == [(name, "alone")] * count
+    assert waits == [call for call in clock.made if call[1] == "alone"] and len(waits) == 3 * (3 + 2)
 
 
 def test_the_first_of_several_calls_does_not_count(monkeypatch):

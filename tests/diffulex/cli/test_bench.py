@@ -123,6 +123,7 @@ def test_an_optional_peer_is_left_out_aloud_and_refused_when_asked_for(tiny, cap
             "[MOE005] --peers: expected peers on cpu: diffulex, eager, grouped_mm, batched_mm, got",
         ),
         (["--tokens", "8", "0"], "[MOE004] --tokens: expected at least 1, got 0"),
+        (["--alone", "-1"], "[MOE004] --alone: expected 0 or more seconds, got -1.0"),
         (["--out", "/no/such/folder/out.csv"], "[MOE005] --out: expected a file that can be written"),
         (["--picture", "/no/such/folder/out.svg"], "[MOE005] --picture: expected a file that can be written"),
         (["--config", "/no/such/folder"], "[MOE005] --config: expected a config.json or the folder that holds one"),
