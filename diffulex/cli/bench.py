@@ -64,8 +64,8 @@ def add_parser(commands: Any) -> None:
            help="these alone; on CUDA diffulex, stock (transformers' grouped_mm under "
            "torch.compile), vllm; on a CPU diffulex, eager, grouped_mm, batched_mm")  # fmt: skip
     option("--alone", type=float, default=0.0, metavar="SECONDS",
-           help="on CUDA: replay each peer by itself for so long before each of its samples, 5 in all; what runs at the "
-           "power cap has its own clocks then, and not those that its neighbours leave (default: 0, 15 samples)")  # fmt: skip
+           help="on CUDA: replay each peer by itself for so long before each of its samples, 5 in all; at the "
+           "power cap it has its own clocks then, not those its neighbours leave (default: 0, 15 samples)")  # fmt: skip
     option("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
     option("--out", type=Path, metavar="FILE", help="also write all numbers there, as CSV")
     option("--picture", type=Path, metavar="FILE", help="also draw the roofline there, as SVG")
