@@ -20,7 +20,7 @@ on one another may be interleaved by a compiler; `Workspace` refuses those.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,13 +28,8 @@ from torch import Tensor
 
 from lowering.ops._library import ORDERING_OPS
 
+from .exchange_ops import NAMESPACE, define
 from .symmetric import Workspace, offsets_of, workspace_of
-
-_LIBRARY = torch.library.Library("diffulex_ranks", "FRAGMENT")
-_LIBRARY.define("begin(Tensor hidden, Tensor details, int capacity, int parts, int size, str workspace) -> Tensor")
-_LIBRARY.define("rows_of(Tensor after, Tensor hidden, int part, int rows, str workspace) -> Tensor")
-_LIBRARY.define("send(Tensor sums, Tensor mark, int part, str workspace) -> Tensor")
-_LIBRARY.define("collect(Tensor after, Tensor hidden, int rows, str workspace) -> Tensor")
 
 
 def bytes_in_parts(capacity: int, row_bytes: int, *, top_k: int, size: int) -> int:
@@ -183,19 +178,16 @@ def _collect_fake(after: Tensor, hidden: Tensor, rows: int, workspace: str) -> T
     return hidden.new_empty(rows, hidden.shape[1])
 
 
-_OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "begin": (_begin_op, _begin_fake),
-    "rows_of": (_rows_op, _rows_fake),
-    "send": (_send_op, _send_fake),
-    "collect": (_collect_op, _collect_fake),
-}
-for _name, (_function, _fake) in _OPS.items():
-    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"diffulex_ranks::{_name}", _fake, lib=_LIBRARY)
-
-ORDERING_OPS.update(("diffulex_ranks::rows_of", "diffulex_ranks::collect"))
-
-begin_op: Any = torch.ops.diffulex_ranks.begin.default
-rows_op: Any = torch.ops.diffulex_ranks.rows_of.default
-send_op: Any = torch.ops.diffulex_ranks.send.default
-collect_op: Any = torch.ops.diffulex_ranks.collect.default
+begin_op = define(
+    "begin(Tensor hidden, Tensor details, int capacity, int parts, int size, str workspace) -> Tensor",
+    _begin_op,
+    fake=_begin_fake,
+)
+rows_op = define(
+    "rows_of(Tensor after, Tensor hidden, int part, int rows, str workspace) -> Tensor", _rows_op, fake=_rows_fake
+)
+send_op = define("send(Tensor sums, Tensor mark, int part, str workspace) -> Tensor", _send_op, fake=_send_fake)
+collect_op = define(
+    "collect(Tensor after, Tensor hidden, int rows, str workspace) -> Tensor", _collect_op, fake=_collect_fake
+)
+ORDERING_OPS.update(f"{NAMESPACE}::{name}" for name in ("rows_of", "collect"))

@@ -13,11 +13,7 @@ import torch
 from torch import Tensor
 
 from .collectives import exchange
-
-_LIBRARY = torch.library.Library("diffulex_ranks", "FRAGMENT")
-_LIBRARY.define("send_rows(Tensor rows, Tensor details, Tensor splits, str group) -> (Tensor, Tensor, Tensor)")
-_LIBRARY.define("exchange_rows(Tensor rows, Tensor splits, SymInt count, bool back, str group) -> Tensor")
-_OPS = torch.ops.diffulex_ranks
+from .exchange_ops import define
 
 
 def send_rows(rows_NH: Tensor, details_ND: Tensor, *, splits_2R: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,33 +21,36 @@ def send_rows(rows_NH: Tensor, details_ND: Tensor, *, splits_2R: Tensor, group: 
 
     rows [N, H] floating and details [N, D] of any dtype: those of rank 0 first, then rank 1's, and so on; what stands
     behind them stays here. splits [2, ranks] int64 on the device of rows: how many go to each rank, and come from it.
-    Returns rows [R, H], details [R, D] and splits [2, ranks] int64 on the CPU. Differentiable in the rows.
+    Returns rows [R, H], details [R, D] and splits [2, ranks] int64 on the CPU. Differentiable in the rows. The caller
+    sees to it that the splits of all ranks fit one another, and that no rank sends more than N rows.
     """
-    return _OPS.send_rows(rows_NH, details_ND, splits_2R, group)  # type: ignore[no-any-return]
+    return _send_rows_op(rows_NH, details_ND, splits_2R, group)  # type: ignore[no-any-return]
 
 
 def exchange_rows(rows_SH: Tensor, splits_2R: Tensor, *, count: int, back: bool, group: str) -> Tensor:
     """The first of rows [S, H], floating, by the splits [2, ranks] on the CPU: [count, H], with zeros behind what came.
 
     By the first row of the splits to the ranks; with `back` by the second one, from where they came. Differentiable.
+    The splits are those of `send_rows`: no more than `count` rows come.
     """
-    return _OPS.exchange_rows(rows_SH, splits_2R, count, back, group)  # type: ignore[no-any-return]
+    return _exchange_rows_op(rows_SH, splits_2R, count, back, group)  # type: ignore[no-any-return]
 
 
 def _send_rows(rows_NH: Tensor, details_ND: Tensor, splits_2R: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    splits = splits_2R.to("cpu", copy=True)  # an op must not return what it was given
-    send, recv = splits.tolist()
+    # a copy, as an op must not return what it was given, and laid out as the fake one
+    splits_on_host_2R = splits_2R.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    send, recv = splits_on_host_2R.tolist()
     sent = sum(send)
     recv_RH = exchange(rows_NH[:sent], recv, send=send, group=group)
-    return recv_RH, exchange(details_ND[:sent], recv, send=send, group=group), splits
+    return recv_RH, exchange(details_ND[:sent], recv, send=send, group=group), splits_on_host_2R
 
 
 def _exchange_rows(rows_SH: Tensor, splits_2R: Tensor, count: int, back: bool, group: str) -> Tensor:
     there, here = reversed(splits_2R.tolist()) if back else splits_2R.tolist()
-    came = exchange(rows_SH[: sum(there)], here, send=there, group=group)
-    if came.shape[0] == count:
-        return came
-    return torch.cat((came, came.new_zeros(count - came.shape[0], *came.shape[1:])))
+    came_RH = exchange(rows_SH[: sum(there)], here, send=there, group=group)
+    if came_RH.shape[0] == count:
+        return came_RH
+    return torch.cat((came_RH, came_RH.new_zeros(count - came_RH.shape[0], *came_RH.shape[1:])))
 
 
 def _expect(count: torch.SymInt, rows: int | torch.SymInt) -> None:
@@ -67,7 +66,7 @@ def _send_rows_fake(
     count = torch.library.get_ctx().new_dynamic_size()
     _expect(count, rows_NH.shape[0])
     recv_RH, recv_RD = (tensor.new_empty(count, tensor.shape[1]) for tensor in (rows_NH, details_ND))
-    return recv_RH, recv_RD, torch.empty(splits_2R.shape, dtype=splits_2R.dtype)
+    return recv_RH, recv_RD, torch.empty(splits_2R.shape, dtype=splits_2R.dtype, device="cpu")
 
 
 def _exchange_rows_fake(rows_SH: Tensor, splits_2R: Tensor, count: int, back: bool, group: str) -> Tensor:
@@ -95,12 +94,21 @@ def _exchange_back(ctx: Any, grad_SH: Tensor) -> tuple[Tensor | None, ...]:
     return grad, None, None, None, None
 
 
-for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("send_rows", _send_rows, _device)
-    _LIBRARY.impl("exchange_rows", _exchange_rows, _device)
-for _name, _fake, _keep, _back in (
-    ("send_rows", _send_rows_fake, _keep_send, _send_back),
-    ("exchange_rows", _exchange_rows_fake, _keep_exchange, _exchange_back),
-):
-    torch.library.register_fake(f"diffulex_ranks::{_name}", _fake, lib=_LIBRARY)
-    torch.library.register_autograd(f"diffulex_ranks::{_name}", _back, setup_context=_keep, lib=_LIBRARY)
+# a CUDA graph would keep the splits of one call, which the host reads
+_UNSAFE = (torch.Tag.cudagraph_unsafe,)
+_send_rows_op = define(
+    "send_rows(Tensor rows, Tensor details, Tensor splits, str group) -> (Tensor, Tensor, Tensor)",
+    _send_rows,
+    fake=_send_rows_fake,
+    tags=_UNSAFE,
+    setup_context=_keep_send,
+    backward=_send_back,
+)
+_exchange_rows_op = define(
+    "exchange_rows(Tensor rows, Tensor splits, SymInt count, bool back, str group) -> Tensor",
+    _exchange_rows,
+    fake=_exchange_rows_fake,
+    tags=_UNSAFE,
+    setup_context=_keep_exchange,
+    backward=_exchange_back,
+)

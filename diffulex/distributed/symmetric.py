@@ -29,6 +29,7 @@ from torch import Tensor
 from lowering.errors import MoERangeError, MoEStageError, Reason, ReasonCode
 
 from .agreement import told_by_ranks
+from .exchange_ops import define
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
 # 64 MiB of a rank gathered in 269 us (292), exchanged in 141 us (140); twice that in 524 (552) and 270 (257).
 MOST_BYTES = 64 << 20
 _ALIGNED = 256  # bytes; parts begin there, so that copies are vectorised
-_LIBRARY = torch.library.Library("diffulex_ranks", "DEF")
-_LIBRARY.define("gather(Tensor[] parts, int capacity, int size, str workspace) -> Tensor[]")
-_LIBRARY.define("all_to_all(Tensor rows, int size, str workspace) -> Tensor")
 
 
 class Handle(Protocol):
@@ -180,12 +178,10 @@ def _all_to_all_fake(rows: Tensor, size: int, workspace: str) -> Tensor:
     return rows.new_empty(rows.shape)
 
 
-for _name, _function, _fake in (("gather", _gather, _gather_fake), ("all_to_all", _all_to_all, _all_to_all_fake)):
-    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"diffulex_ranks::{_name}", _fake, lib=_LIBRARY)
-
-gather_op: Any = torch.ops.diffulex_ranks.gather.default
-all_to_all_op: Any = torch.ops.diffulex_ranks.all_to_all.default
+gather_op = define(
+    "gather(Tensor[] parts, int capacity, int size, str workspace) -> Tensor[]", _gather, fake=_gather_fake
+)
+all_to_all_op = define("all_to_all(Tensor rows, int size, str workspace) -> Tensor", _all_to_all, fake=_all_to_all_fake)
 
 
 def workspace_for(group: ProcessGroup, device_type: str, *, num_bytes: int) -> Workspace | Reason:

@@ -132,6 +132,7 @@ class DispatchMetadata:
         check_shape(where, "recv_hidden_states", self.recv_hidden_states, (None, None))
         check_shape(where, "splits", self.splits_2R, (2, None))
         check_int(where, "splits", self.splits_2R)
+        check_device(where, ("the host", torch.empty(0, device="cpu")), ("splits", self.splits_2R))
         if not torch.compiler.is_compiling():
             self._check_splits(where)
         if self.num_tokens < 0:
@@ -146,7 +147,7 @@ class DispatchMetadata:
         _check_devices(where, self, *names)
 
     def _check_splits(self, where: str) -> None:
-        if min(*self.send_splits, *self.recv_splits) < 0 or sum(self.recv_splits) != self.total_recv_slots:
+        if min((*self.send_splits, *self.recv_splits), default=0) < 0 or sum(self.recv_splits) != self.total_recv_slots:
             raise MoERangeError.of(
                 where,
                 expected=f"splits of which none is negative, and {self.total_recv_slots} rows received",

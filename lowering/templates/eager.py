@@ -99,7 +99,8 @@ def _expert_gemm(
     constants |= index_constants(tensors, schedule)
     grid = gemm_grid(rows, width, num_experts=num_experts, schedule=schedule)
     if schedule.loop.specialized and rows > schedule.block_m * num_experts:
-        # row tiles of an expert share its weights; where each has one, setting the count to zero would only take time
+        # row tiles of an expert share its weights; where each has one, setting the count to zero would only take time.
+        # By all rows, as only the device knows more
         variant = dataclasses.replace(variant, paced=True)
         tensors |= {"PROGRESS": tensors["OFFSETS"].new_zeros(1)}
     if schedule.loop.tma:

@@ -55,6 +55,14 @@ FAULTS = (
         "test_activations and not many",
     ),
     Fault(
+        "programs do not wait for one another",
+        "lowering/templates/moe_expert_gemm_specialized.jinja",
+        "(gl.load(PROGRESS, volatile=True) < goal)",
+        "(gl.load(PROGRESS, volatile=True) < 0)",
+        (f"{TEMPLATES}/test_specialized.py",),
+        "waits_for_the_others",
+    ),
+    Fault(
         "the next expert's weights",
         "lowering/templates/moe_expert_gemm.jinja",
         "    expert = tl.sum(tl.where(found_E, expert_E, 0), 0)\n",
@@ -470,6 +478,14 @@ FAULTS = (
         "exchange_rows(grad_RH, splits_2R, count=ctx.count, back=False, group=ctx.group)",
         RANKS,
         "naive_exchange_equals",
+    ),
+    Fault(
+        "compiled ranks without tokens leave exchanges out",
+        "diffulex/distributed/exchange_ops.py",
+        "    torch.fx.has_side_effect(op)\n",
+        "",
+        (f"{PARALLEL}/test_naive_code.py",),
+        "without_tokens",
     ),
     Fault(
         "gradients of what all ranks have are not added up",

@@ -19,7 +19,7 @@ def build_token_dispatcher(backend: str, plan: ExchangePlan) -> TokenDispatcher[
     says.
     """
     if backend == "naive":
-        from .naive_dispatcher import NaiveA2ADispatcher  # loads Dynamo, to be kept out of graphs
+        from .naive_dispatcher import NaiveA2ADispatcher
 
         return NaiveA2ADispatcher(plan)
     if backend == "static":

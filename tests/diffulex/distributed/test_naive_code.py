@@ -41,10 +41,10 @@ def code_of(monkeypatch):
     sizes = (RANKS * EXPERTS + 1, 1), (RANKS, RANKS * EXPERTS + 1)
     tables = [torch.zeros(size, dtype=torch.int32) for size in sizes]
 
-    def code(tokens):
+    def code(tokens, **options):
         given = [torch.empty(tokens, H, **half), torch.zeros(tokens, K, dtype=torch.int64), torch.zeros(tokens, K)]
         with torch.no_grad():
-            return offline_source(call, [*given, *weights, *tables])
+            return offline_source(call, [*given, *weights, *tables], options=options)
 
     return code
 
@@ -60,6 +60,20 @@ def test_what_comes_goes_through_generated_kernels(code_of):
     assert len(launches(code, "moe_expert_up")) == len(launches(code, "moe_expert_down")) == 1
     (combine,) = launches(code, "moe_combine")
     assert "index_select" in combine  # results are put into their places where they are added up
+
+
+def test_a_rank_without_tokens_takes_part(code_of):
+    """Its results have no elements, and so nothing in its graph reads what comes back."""
+    assert [name.split(".")[-2] for name in code_of(0).extern_calls] == ["send_rows", "exchange_rows"]
+
+
+def test_no_cuda_graph_holds_splits(code_of):
+    """They are read on the host: a graph would keep those of the call that it was recorded in."""
+    wrapper = code_of(64, **{"triton.cudagraphs": True}).wrapper_source
+    parts = re.split(r"^\s*def ", wrapper, flags=re.MULTILINE)
+    exchanges = {part.partition("(")[0]: re.findall(r"= torch\.ops\.diffulex_exchange\.(\w+)", part) for part in parts}
+    assert {name: found for name, found in exchanges.items() if found} == {"call": ["send_rows", "exchange_rows"]}
+    assert any("moe_expert_up" in part for part in parts if part.startswith("partition_"))
 
 
 def test_code_is_for_as_many_rows_as_are_sent(code_of):

@@ -24,7 +24,7 @@ REST = ("moe_expert_down", "collect", "moe_combine")
 class Dispatcher(StaticDispatcher):
     """One of two ranks, with tables that are given."""
 
-    plan = SimpleNamespace(top_k=K)
+    plan, exact = SimpleNamespace(top_k=K), False
 
     def __init__(self, chunks, tables):
         self._pending, self.chunks, self.capacity = None, chunks, T
@@ -38,10 +38,14 @@ class Dispatcher(StaticDispatcher):
         return Route("", RANKS, "nowhere")
 
 
-def code_of(chunks):
+def code_of(chunks, *, count=T):
     def call(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI, *tables):
         experts = ExpertWeights(w13_EJH, w2_EHI, None, None, "silu(g) * u", False)
         dispatcher = Dispatcher(chunks, tables)
+        if chunks == 1:
+            sent = dispatcher._dispatch(hidden_TH, ids_TK, weights_TK)
+            slots = slots_by_ops(sent.recv_hidden_states, sent.recv_local_expert_ids, experts=experts)
+            return dispatcher._combine(slots, sent.metadata)
         first = lambda rows, ids: slots_by_ops.first(rows, ids, experts=experts)  # noqa: E731
         return dispatcher.run_in_parts(hidden_TH, ids_TK, weights_TK, first=first)
 
@@ -51,8 +55,17 @@ def code_of(chunks):
     tables = [torch.zeros(size, dtype=torch.int32) for size in sizes]
     register_lowerings()
     with torch.no_grad():
-        tokens = [torch.empty(T, H, **half), torch.zeros(T, K, dtype=torch.int64), torch.zeros(T, K)]
+        tokens = [torch.empty(count, H, **half), torch.zeros(count, K, dtype=torch.int64), torch.zeros(count, K)]
         return offline_source(call, [*tokens, *weights, *tables])
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_rank_without_tokens_takes_part(chunks):
+    """Its results have no elements, and so nothing in its graph reads what comes back."""
+    found, wanted = (
+        [call for call in code_of(chunks, count=count).extern_calls if "diffulex_exchange" in call] for count in (0, T)
+    )
+    assert found == wanted != []
 
 
 @pytest.mark.parametrize("chunks", [2, 3])
@@ -60,7 +73,7 @@ def test_exchanges_stand_between_the_gemms_that_hide_them(chunks):
     code = code_of(chunks)
     body = code.wrapper_source.partition("def call")[2]
     calls = [line for line in body.splitlines() if re.search(r"\.run\(|torch\.ops\.\w+\.\w+\.default\(", line)]
-    stages = r"(moe_expert_up|moe_expert_down|moe_combine)\w*\.run\(|diffulex_ranks\.(\w+)\.default\("
+    stages = r"(moe_expert_up|moe_expert_down|moe_combine)\w*\.run\(|diffulex_exchange\.(\w+)\.default\("
     found = [next(filter(None, match.groups())) for line in calls if (match := re.search(stages, line))]
     assert found == [*OWN, *PEERS * (chunks - 1), *REST]
     # neither slots nor sums in fp32, and slots of other ranks' experts are neither written nor read

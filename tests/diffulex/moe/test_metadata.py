@@ -63,6 +63,8 @@ BROKEN = [
     (router, {"topk_weights": torch.zeros(3, 2, device="meta")}, MoEDeviceError, "topk_weights on cpu"),
     (dispatch, {"splits_2R": torch.tensor([[3, 1], [2, 2]])}, MoERangeError, "none is negative, and 3 rows received"),
     (dispatch, {"splits_2R": torch.tensor([[-1, 1], [2, 1]])}, MoERangeError, r"\(-1, 1\) sent"),
+    (dispatch, {"splits_2R": torch.ones(2, 0, dtype=torch.int64)}, MoERangeError, r"\(\) received"),
+    (dispatch, {"splits_2R": torch.ones(2, 2, dtype=INT, device="meta")}, MoEDeviceError, "splits on cpu"),
     (dispatch, {"splits_2R": torch.tensor([3, 1, 2, 1])}, MoEShapeError, r"splits of shape \[2, any\]"),
     (dispatch, {"splits_2R": torch.ones(2, 2)}, MoEDtypeError, "splits in int32"),
     (dispatch, {"recv_hidden_states": torch.zeros(3)}, MoEShapeError, r"recv_hidden_states of shape \[any, any\]"),

@@ -388,10 +388,21 @@ def test_compiled_code_holds_what_of_the_naive_exchange_has_a_shape(pair):
     ids=["naive", "collectives", "memory", "parts"],
 )
 def test_inductor_compiles_exchanges(pair, options, memory):
+    """Where a rank has no tokens nothing reads what comes back to it, and the others wait for it nevertheless."""
     case = Case(SPECS["qwen3"], (), torch.float64, options, memory=memory)
-    for told in pair.run(rank_cases.run_compiled, case, 2, "inductor", STEPS[2:4], False):
+    for told in pair.run(rank_cases.run_compiled, case, 2, "inductor", STEPS[2:5], False):
         for found, wanted in told["results"]:
             assert_near_exact(found["out"], wanted["out"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), STATIC], ids=["naive", "static"])
+def test_inductor_compiles_training(pair, options):
+    case = Case(SPECS["qwen3"], (), torch.float64, options)
+    for told in pair.run(rank_cases.run_compiled, case, 2, "inductor", ((5, 9), (0, 5), (9, 0)), True):
+        for found, wanted in told["results"]:
+            for key, value in wanted.items():
+                assert_near_exact(found[key], value, what=key)
 
 
 @pytest.mark.parametrize(

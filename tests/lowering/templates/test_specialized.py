@@ -162,6 +162,46 @@ def test_programs_keep_step_where_experts_have_several_row_tiles(launches):
     assert with_count["PROGRESS"].tolist() == [0]
 
 
+class Language:
+    """What `_keep_step` needs of Gluon, for one program beside others that count once for each of its polls."""
+
+    def __init__(self, others):
+        self.count, self.others, self.polls = 0, others, 0
+
+    def atomic_add(self, place, value, sem):
+        self.count += value
+
+    def load(self, place, volatile):
+        assert volatile, "what others wrote since has to be seen"
+        self.polls += 1
+        self.count += self.others
+        return self.count
+
+    @staticmethod
+    def where(condition, one, other):
+        return one if condition else other
+
+
+@pytest.mark.parametrize(
+    ("others", "goal", "patience", "left", "polls"),
+    [
+        (10, 0, 9, 9, 1),  # enough have counted
+        (10, 35, 9, 9, 4),  # soon
+        (0, 35, 9, 0, 10),  # never: no further wait
+        (0, 35, 0, 0, 1),
+    ],
+)
+def test_a_program_waits_for_the_others_but_not_for_good(others, goal, patience, left, polls):
+    variant = dataclasses.replace(eager.up_variant(torch.bfloat16, act="silu(g) * u", bias=False), paced=True)
+    shape = GemmShape(4, 64, 128, True)
+    text = variant.scheduled(GATED, depth=shape.depth, strides=(256 * 64, 64, 1)).source()
+    (function,) = re.findall(r"^def _keep_step\(.*?(?=^@|^<|\Z)", text, flags=re.DOTALL | re.MULTILINE)
+    language = Language(others)
+    names = {"gl": language}
+    exec(function, names)
+    assert names["_keep_step"](None, goal, patience) == left and language.polls == polls
+
+
 REFUSED = {
     "bias": ({"bias": True}, "with bias"),
     "interleaved": ({"interleaved": True}, "of alternating halves"),

@@ -144,19 +144,29 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("count", [-(2**30), 2**30], ids=["nobody comes", "all are ahead"])
-def test_nothing_but_time_depends_on_the_count(count, monkeypatch):
+def test_nothing_but_time_depends_on_the_count(monkeypatch):
     """Programs that cannot run beside one another would wait for good, were there no end to their patience."""
     form = FORMS["several waves"]
     found, launch = operands(form), standalone.launch
     wanted = chain(*found, form, specialized(form))
+    counts = {"all are ahead": 2**30, "nobody comes": -(2**30)}
+    took = {}
+    for name, count in counts.items():
 
-    def counted(text, tensors, **options):
-        tensors["PROGRESS"].fill_(count)
-        launch(text, tensors, **options)
+        def counted(text, tensors, count=count, **options):
+            tensors["PROGRESS"].fill_(count)
+            launch(text, tensors, **options)
 
-    monkeypatch.setattr(standalone, "launch", counted)
-    assert all(map(torch.equal, wanted, chain(*found, form, specialized(form))))
+        monkeypatch.setattr(standalone, "launch", counted)
+        assert all(map(torch.equal, wanted, chain(*found, form, specialized(form)))), name
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        chain(*found, form, specialized(form))
+        end.record()
+        torch.cuda.synchronize()
+        took[name] = begin.elapsed_time(end)
+    assert took["nobody comes"] > took["all are ahead"] + 0.1, took  # ms; a thousand polls take longer
+    assert took["nobody comes"] < took["all are ahead"] + 50, took  # and come once
 
 
 def test_programs_keep_step():
