@@ -102,41 +102,46 @@ class Bench:
 
     def time(self, function: Callable[..., Any], *args: Any, tokens: int, graph: bool = True) -> float:
         """Median microseconds of a call on the slowest rank; as many calls on each."""
-        return self.beside_host(function, *args, tokens=tokens, graph=graph)[0]
+        return self._slowest(self._samples(functools.partial(function, *args), tokens, graph=graph)[0])
 
-    def beside_host(
-        self, function: Callable[..., Any], *args: Any, tokens: int, graph: bool = False
-    ) -> tuple[float, float]:
-        """What `time` tells, and of a call without a graph the probe of the host in turns with it."""
+    def beside_host(self, function: Callable[..., Any], *args: Any, tokens: int) -> tuple[float, float]:
+        """What `time` tells of a call without a graph, and the probe of the host in turns with it."""
+        seconds, probes = self._samples(functools.partial(function, *args), tokens, graph=False)
+        return self._slowest(seconds), self._slowest(probes)
+
+    def _samples(self, call: Callable[[], Any], tokens: int, *, graph: bool) -> tuple[list[float], list[float]]:
+        """Seconds of a call, and without a graph those of the probe, one after the other in each round."""
         calls, rounds = (20, 9) if tokens <= 256 else (8, 7) if tokens <= 2048 else (3, 5)
-        probes: list[float] = []
+        if not self.cuda:
+            rounds = 3
+        elif not graph:
+            rounds *= 3  # the host is less steady than the device
+        seconds, probes = [], []
         with torch.no_grad():
             for _ in range(3):
-                function(*args)
-            if not self.cuda:
-                seconds = [_clocked(lambda: function(*args)) for _ in range(3)]
-            else:
+                call()
+            if self.cuda:
                 torch.cuda.synchronize()
                 distributed.barrier(self.group)
-                run = self._captured(function, args) if graph else functools.partial(function, *args)
-                seconds = []
-                for _ in range(rounds if graph else 3 * rounds):  # the host is less steady than the device
-                    probes.append(0.0 if graph else self._probe())
-                    seconds.append(self._evented(run, calls))
-                del run
-        gc.collect()
+                run = self._captured(call) if graph else call
+            for _ in range(rounds):
+                if not graph:
+                    probes.append(self._probe())
+                seconds.append(self._evented(run, calls) if self.cuda else _clocked(call))
         if self.cuda:
+            del run
+            gc.collect()
             torch.cuda.empty_cache()
-        return self._slowest(seconds), self._slowest(probes or [self._probe()])
+        return seconds, probes
 
     def _slowest(self, seconds: list[float]) -> float:
         return 1e6 * max(told_by_ranks(self.group, statistics.median(seconds)))
 
-    def _captured(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[[], None]:
+    def _captured(self, call: Callable[[], Any]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         # other threads of the process, as NCCL's watchdog, may ask the device while this one captures
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            function(*args)
+            call()
         for _ in range(2):
             graph.replay()
         return graph.replay
@@ -282,7 +287,10 @@ def measure(bench: Bench, cell: tuple[str, int, str]) -> dict[str, object]:
         check = verdict(found_TH, wanted_TH, whole=whole, inputs=inputs)
         syncs = _host_syncs(function, inputs) if static and bench.cuda else ""
     del wanted_TH, found_TH
-    time_us, host_us = bench.beside_host(function, *inputs, tokens=tokens, graph=way != "naive")
+    if way == "naive":
+        time_us, host_us = bench.beside_host(function, *inputs, tokens=tokens)
+    else:
+        time_us, host_us = bench.time(function, *inputs, tokens=tokens), None
     parts = parts_of(bench, layer, inputs, cell=cell)
     every = sum(parts.get(part, 0.0) for part in PARTS)
     times = {f"{part}_us": f"{value:.4g}" for part, value in parts.items()}
@@ -298,7 +306,7 @@ def measure(bench: Bench, cell: tuple[str, int, str]) -> dict[str, object]:
         "gain": f"{one_us / time_us * (1 if tensor_parallel else bench.options.ranks):.3f}",
         "share": f"{1 - parts['experts'] / every:.3f}",
         "overlap": f"{every / time_us:.3f}",
-        "host_us": f"{host_us:.4g}" if way == "naive" else "",
+        "host_us": "" if host_us is None else f"{host_us:.4g}",
         "graph": bench.cuda and way != "naive",
         "host_syncs": syncs,
         "check": "; ".join(sorted(set(told_by_ranks(bench.group, check)))),

@@ -90,9 +90,10 @@ def size_hint(size: Any) -> int | None:
     None where data decides it, unless it was said what to expect (`torch._dynamo.mark_unbacked` with `hint_override`).
     """
     known = known_size(size)
-    expected = V.graph.sizevars.shape_env.var_to_hint_override if known is None else ()
-    if known is not None or not free_unbacked_symbols(size) <= set(expected):
+    if known is not None:
         return known
+    if not free_unbacked_symbols(size) <= set(V.graph.sizevars.shape_env.var_to_hint_override):
+        return None
     return int(V.graph.sizevars.optimization_hint(size))
 
 
