@@ -13,7 +13,7 @@ one CUDA graph without experts, `pair nccl` the same without symmetric memory (`
 is timed once: dispatch and experts of `static`, `sums` and `parts`. Each way is checked before it is timed: against a
 single rank that has the tokens of all, bit by bit, and by the ratio rule on sampled rows; a wrong one stops the run.
 `host` is a probe in turns with `naive`, which waits for the host: the median microseconds, on the slowest rank, in
-which it issues PROBE additions of eight numbers, one by one in eager torch, whatever the layers are.
+which it issues 64 additions of eight numbers, one by one in eager torch, whatever the layers are.
 The most tokens of a rank come first, then the fewest with `static`, then the rest. Stops before a cell that would go
 past --seconds, and names what was left out. With --device cpu, over gloo and without compilation, it only shows that it
 runs.
@@ -25,8 +25,6 @@ import argparse
 import contextlib
 import csv
 import functools
-import gc
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +39,7 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from benchmarks.parallel_cells import TINY, WAYS, Options, cells, shape_of
+from benchmarks.parallel_clock import RankClock
 from diffulex.benching.check import exact_rows, spread
 from diffulex.benching.inputs import Inputs, draw_logits, route
 from diffulex.benching.shapes import SHAPES, Shape
@@ -51,7 +50,6 @@ from diffulex.distributed.collectives import sum_of_ranks
 from diffulex.moe import EPFusedMoE, MoESpec, NaiveFusedMoE, TPFusedMoE
 from lowering.spec import ExpertSpec, RoutingSpec
 
-PROBE = 64  # ops
 PARTS = ("dispatch", "experts", "combine")
 COLUMNS = (
     *("device", "ranks", "shape", "experts_in_all", "tokens", "way", "one_us", "time_us", "gain"),
@@ -62,14 +60,14 @@ SHOWN = ("shape", "tokens", "way", "one_us", "time_us", "gain", *(f"{part}_us" f
 SHOWN = (*SHOWN, "pair_us", "pair_nccl_us", "host_us", "check")
 
 
-class Bench:
+class Bench(RankClock):
     """One rank's side of the measurement; all ranks make the same calls."""
 
     def __init__(self, rank: int, options: Options, mesh: DeviceMesh) -> None:
+        super().__init__(
+            torch.device("cuda", rank) if options.device == "cuda" else torch.device("cpu"), mesh.get_group()
+        )
         self.rank, self.options, self.mesh = rank, options, mesh
-        self.cuda = options.device == "cuda"
-        self.device = torch.device("cuda", rank) if self.cuda else torch.device("cpu")
-        self.group = mesh.get_group()
         self._known: dict[tuple[object, ...], Any] = {}
 
     def once(self, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
@@ -100,72 +98,6 @@ class Bench:
         torch._dynamo.reset()
         return torch.compile(function, fullgraph=True, dynamic=False)
 
-    def time(self, function: Callable[..., Any], *args: Any, tokens: int, graph: bool = True) -> float:
-        """Median microseconds of a call on the slowest rank; as many calls on each."""
-        return self._slowest(self._samples(functools.partial(function, *args), tokens, graph=graph)[0])
-
-    def beside_host(self, function: Callable[..., Any], *args: Any, tokens: int) -> tuple[float, float]:
-        """What `time` tells of a call without a graph, and the probe of the host in turns with it."""
-        seconds, probes = self._samples(functools.partial(function, *args), tokens, graph=False)
-        return self._slowest(seconds), self._slowest(probes)
-
-    def _samples(self, call: Callable[[], Any], tokens: int, *, graph: bool) -> tuple[list[float], list[float]]:
-        """Seconds of a call, and without a graph those of the probe, one after the other in each round."""
-        calls, rounds = (20, 9) if tokens <= 256 else (8, 7) if tokens <= 2048 else (3, 5)
-        if not self.cuda:
-            rounds = 3
-        elif not graph:
-            rounds *= 3  # the host is less steady than the device
-        seconds, probes = [], []
-        with torch.no_grad():
-            for _ in range(3):
-                call()
-            if self.cuda:
-                torch.cuda.synchronize()
-                distributed.barrier(self.group)
-                run = self._captured(call) if graph else call
-            for _ in range(rounds):
-                if not graph:
-                    probes.append(self._probe())
-                seconds.append(self._evented(run, calls) if self.cuda else _clocked(call))
-        if self.cuda:
-            del run
-            gc.collect()
-            torch.cuda.empty_cache()
-        return seconds, probes
-
-    def _slowest(self, seconds: list[float]) -> float:
-        return 1e6 * max(told_by_ranks(self.group, statistics.median(seconds)))
-
-    def _captured(self, call: Callable[[], Any]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        # other threads of the process, as NCCL's watchdog, may ask the device while this one captures
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            call()
-        for _ in range(2):
-            graph.replay()
-        return graph.replay
-
-    def _evented(self, run: Callable[[], object], calls: int) -> float:
-        distributed.barrier(self.group)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        run()
-        start.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) * 1e-3 / calls
-
-    def _probe(self) -> float:
-        """Seconds in which the host issues `PROBE` small ops: the median of five times."""
-        eight, seconds = torch.zeros(8, device=self.device), []
-        for _ in range(5):
-            if self.cuda:
-                torch.cuda.synchronize()
-            seconds.append(_clocked(lambda: [eight.add_(1) for _ in range(PROBE)]))
-        return statistics.median(seconds)
-
     def layer(self, way: str, whole: NaiveFusedMoE, tokens: int) -> Any:
         """The layer of a way, with the weights of the whole one."""
         kind = TPFusedMoE if WAYS[way].get("mode") == "tp" else EPFusedMoE
@@ -174,12 +106,6 @@ class Bench:
         made = kind(whole.spec, parallel=parallel, device=self.device, dtype=whole.w13.dtype).eval()
         made.load_full(whole.state_dict())
         return made.requires_grad_(False)
-
-
-def _clocked(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def inputs_of(rank: int, shape: Shape, tokens: int, *, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
