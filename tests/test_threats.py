@@ -125,7 +125,7 @@ def test_what_is_written_is_private_whatever_the_umask(tmp_path, monkeypatch):
         assert storage.save(key, {shape: {8: model_times(shape, H100, 8, count=1)}}) is None
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert stat.S_IMODE((folder / key.file_name).stat().st_mode) == 0o600
-    monkeypatch.setattr(standalone, "_source_folder", standalone._source_folder.__wrapped__)
+    standalone._folder_of.cache_clear()
     assert stat.S_IMODE(standalone._source_folder().stat().st_mode) == 0o700
 
 

@@ -26,7 +26,7 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 COPIES = (aten.clone, aten.alias, aten.detach, aten.contiguous)
-VIEWS = (aten.view, aten.reshape, aten._unsafe_view, aten.unsqueeze, aten.squeeze, aten.flatten)
+VIEWS = (aten.view.default, aten.reshape, aten._unsafe_view, aten.unsqueeze, aten.squeeze, aten.flatten)
 _CASTS = (prims.convert_element_type, aten._to_copy, aten.to)
 _CONSTANTS = {aten.zeros: 0, aten.zeros_like: 0, aten.ones: 1, aten.ones_like: 1}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -148,10 +148,17 @@ def peel_casts(node: Any) -> Any:
         source = cast_source(node)
         if source is None:
             return node
-        dtypes = {tensor_of(source).dtype, tensor_of(node).dtype}
-        if not (dtypes.issubset(_FLOATS) or dtypes.issubset(_INTS)):
+        if not is_rounding(source, node):
             return node
         node = source
+
+
+def is_rounding(source: Node, node: Node) -> bool:
+    """Whether a cast stays among the floats the ops compute in, or among int32 and int64: what loses more is no mere
+    change of dtype, as to float8 or to integers.
+    """
+    dtypes = {tensor_of(source).dtype, tensor_of(node).dtype}
+    return dtypes.issubset(_FLOATS) or dtypes.issubset(_INTS)
 
 
 def peel_views(node: Any) -> Any:

@@ -35,6 +35,7 @@ from .dataflow import (
     insert_cast,
     is_op,
     is_output,
+    is_rounding,
     origin,
     outputs,
     peel_casts,
@@ -102,8 +103,8 @@ class _Slots:
         return users[0]
 
     def past_casts(self, node: Node) -> Node:
-        """The last of the casts that follow the node in the forward, or the node itself."""
-        while is_op(user := self.next_user(node), torch.ops.prims.convert_element_type, aten._to_copy):
+        """The last of the casts between floats that follow the node in the forward, or the node itself."""
+        while cast_source(user := self.next_user(node)) is node and is_rounding(node, user):
             node = user
         return node
 
@@ -212,11 +213,11 @@ def _match_offsets(offsets: Node, backward: set[Node]) -> _Slots:
 
 
 def _through_cast(node: Any) -> Any:
-    """Behind an int-to-float cast as well: histc takes floats on the CPU, exact for any expert count."""
+    """Behind a cast from int to float32 as well: histc takes floats on the CPU, exact for any expert count."""
     node = peel_casts(node)
-    while is_op(node, torch.ops.prims.convert_element_type, aten._to_copy):
-        node = peel_casts(node.args[0])
-    return node
+    source = cast_source(node)
+    exact = source is not None and tensor_of(node).dtype in (torch.float32, torch.float64)
+    return peel_casts(source) if exact else node
 
 
 def _is_permutation(node: Any, sort: Node) -> bool:

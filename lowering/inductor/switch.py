@@ -29,6 +29,9 @@ def guard_on_switches(module: ModuleType) -> None:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         stock(self, *args, **kwargs)
         self.import_sources[_ALIAS] = _MODULE
+        package = getattr(self, "package", None)
+        if package is not None:  # what is stored names the modules that its guards need when it is loaded
+            package.add_import_source(_ALIAS, _MODULE)
         self.global_scope[_ALIAS] = state
         for name in state.GUARDED:
             self.guards.add(AttrSource(GlobalSource(_ALIAS), name).make_guard(GuardBuilder.CONSTANT_MATCH))

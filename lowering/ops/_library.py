@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ._gradients import register_gradients
+
 NAMESPACE = "diffulex"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
@@ -78,7 +80,7 @@ def register(
 
     torch.library.register_fake(f"{NAMESPACE}::{name}", traced, lib=LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        register_gradients(LIBRARY, name, backward=backward, setup_context=setup_context)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 

@@ -172,12 +172,13 @@ def route(
         valid_TW = None
         selected_TK = _selected(capped_TC, scores_TC, bias_E, spec=spec, logits=logits_TC.dtype)
         index_TW = _with_shared(selected_TK, num_experts, spec)
-        out_TW = index_TW.to(torch.int32)
+        # sort keeps the strides of what it sorts, and the op's ids have rows one after the other
+        out_TW = index_TW.to(torch.int32, memory_format=torch.contiguous_format)
         weights_TW = scores_TC.gather(1, index_TW)
     else:
         inside_TK = (ids_TK >= 0) & (ids_TK < num_experts)
         given_TW = _with_shared(torch.where(inside_TK, ids_TK, num_columns).long(), num_experts, spec)
-        out_TW = given_TW.to(torch.int32)
+        out_TW = given_TW.to(torch.int32, memory_format=torch.contiguous_format)
         valid_TW = given_TW < num_columns
         index_TW = torch.where(valid_TW, given_TW, 0)
         weights_TW = scores_TC.gather(1, index_TW).masked_fill_(~valid_TW, 0)

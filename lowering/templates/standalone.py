@@ -11,8 +11,10 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ Constant = int | float | bool | str
 _IMPORTS = "import triton\nimport triton.language as tl\n\n\n"
 _DEF_KERNEL = "<DEF_KERNEL>"
 _GLUON_VERSIONS = ("3.6.", "3.7.")
+_LOADING = threading.RLock()
 OUTPUT = "OUT"
 
 
@@ -130,15 +133,35 @@ def gluon_refusal() -> Reason | None:
 
 
 @functools.cache
-def _source_folder() -> Path:
+def _folder_of(process: int) -> Path:
+    """A folder of this process alone: one that was forked from it may end before it does, or after."""
     folder = Path(tempfile.mkdtemp(prefix="diffulex-kernels-"))  # private to the user (0700)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(_remove, folder, process)
     return folder
 
 
-@functools.lru_cache(maxsize=1024)
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # forked processes have its exit handlers as well
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _source_folder() -> Path:
+    folder = _folder_of(os.getpid())
+    if not folder.is_dir():  # what cleans up temporary files does not know that this process lives
+        _folder_of.cache_clear()
+        folder = _folder_of(os.getpid())
+    return folder
+
+
 def _jit_function(kernel: StandaloneKernel) -> Any:
-    """The `triton.jit` function of a kernel; triton reads its source from a file, so there has to be one."""
+    """The `triton.jit` function of a kernel, one for all threads."""
+    with _LOADING:
+        return _loaded(kernel)
+
+
+@functools.lru_cache(maxsize=1024)
+def _loaded(kernel: StandaloneKernel) -> Any:
+    """Triton reads a function's source from a file, so there has to be one, and no thread may write it meanwhile."""
     digest = hashlib.sha256(kernel.source.encode()).hexdigest()[:16]
     path = _source_folder() / f"{kernel.name}_{digest}.py"
     path.write_text(kernel.source)

@@ -52,7 +52,7 @@ def compile_for_h100(
 
     with fake_gpu(), fresh_cache(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
         triton.knobs.nvidia.dump_ptxas_log = True
-        standalone._jit_function.cache_clear()  # compiled kernels are kept there too
+        standalone._loaded.cache_clear()  # compiled kernels are kept there too
         kernel = standalone.compile_only(
             text, shapes, name="moe_x", constants=constants, num_warps=num_warps, num_stages=num_stages
         )
