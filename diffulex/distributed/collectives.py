@@ -1,4 +1,4 @@
-"""Differentiable collectives out of functional ones, which torch.compile captures.
+"""Differentiable collectives as ops, which torch.compile captures and keeps in order.
 
 A gradient takes the way back with the same splits, so it needs every rank: either all ranks of a group ask for
 gradients of a call, or none does. What is added up is added in fp32 or wider: behind an exchange in the order of the
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed  # loads the functional ops
 from torch import Tensor
-from torch.distributed import _functional_collectives as _registered  # noqa: F401 (their fake functions)
+
+from .exchange_ops import define
 
 _OPS = torch.ops._c10d_functional
 
@@ -23,22 +24,61 @@ def exchange(rows: Tensor, recv: list[int], *, send: list[int], group: str) -> T
 
     rows [S, ...] of any dtype; returns [R, ...] in it. Not differentiable.
     """
-    return _OPS.wait_tensor(_OPS.all_to_all_single(rows.contiguous(), recv, send, group))
+    return _exchange_op(rows, recv, send, group)  # type: ignore[no-any-return]
 
 
-def gather(rows: Tensor, size: int, *, group: str) -> Tensor:
+def all_gather(rows: Tensor, size: int, *, group: str) -> Tensor:
     """The rows [C, ...] of all ranks in order, [size * C, ...], any dtype; not differentiable."""
-    return _OPS.wait_tensor(_OPS.all_gather_into_tensor(rows.contiguous(), size, group))
+    return _all_gather_op(rows, size, group)  # type: ignore[no-any-return]
 
 
 def of_first_rank(tensor: Tensor, *, group: str) -> Tensor:
     """The tensor [...] of the first rank of `group`, on all of them, in its dtype; not differentiable."""
-    return _OPS.wait_tensor(_OPS.broadcast(tensor.contiguous(), 0, group))
+    return _of_first_rank_op(tensor, group)  # type: ignore[no-any-return]
 
 
 def total_of_ranks(counts: Tensor, group: str) -> Tensor:
     """The sum over all ranks of `group` of an integer tensor [...], in its dtype; not differentiable."""
-    return _OPS.wait_tensor(_OPS.all_reduce(counts.contiguous(), "sum", group))
+    return _all_reduce_op(counts, group)  # type: ignore[no-any-return]
+
+
+def exchange_now(rows: Tensor, recv: Sequence[int], send: Sequence[int], group: str) -> Tensor:
+    """`exchange` inside an op."""
+    return _OPS.wait_tensor(_OPS.all_to_all_single(rows.contiguous(), recv, send, group))
+
+
+def _all_gather(rows: Tensor, size: int, group: str) -> Tensor:
+    return _OPS.wait_tensor(_OPS.all_gather_into_tensor(rows.contiguous(), size, group))
+
+
+def _of_first_rank(tensor: Tensor, group: str) -> Tensor:
+    return _OPS.wait_tensor(_OPS.broadcast(tensor.contiguous(), 0, group))
+
+
+def _all_reduce(tensor: Tensor, group: str) -> Tensor:
+    return _OPS.wait_tensor(_OPS.all_reduce(tensor.contiguous(), "sum", group))
+
+
+_exchange_op = define(
+    "exchange(Tensor rows, SymInt[] recv, SymInt[] send, str group) -> Tensor",
+    exchange_now,
+    fake=lambda rows, recv, send, group: rows.new_empty(sum(recv), *rows.shape[1:]),
+)
+_all_gather_op = define(
+    "all_gather(Tensor rows, int size, str group) -> Tensor",
+    _all_gather,
+    fake=lambda rows, size, group: rows.new_empty(size * rows.shape[0], *rows.shape[1:]),
+)
+_of_first_rank_op = define(
+    "of_first_rank(Tensor tensor, str group) -> Tensor",
+    _of_first_rank,
+    fake=lambda tensor, group: tensor.new_empty(tensor.shape),
+)
+_all_reduce_op = define(
+    "all_reduce(Tensor tensor, str group) -> Tensor",
+    _all_reduce,
+    fake=lambda tensor, group: tensor.new_empty(tensor.shape),
+)
 
 
 def added_in_order(parts: Sequence[Tensor]) -> Tensor:
@@ -58,7 +98,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 
 def _sum_over_ranks(tensor: Tensor, group: str) -> Tensor:
-    summed = _OPS.wait_tensor(_OPS.all_reduce(tensor.to(_wide(tensor)).contiguous(), "sum", group))
+    summed = _all_reduce_op(tensor.to(_wide(tensor)), group)
     # Compiled by torch 2.11, a Function whose forward ends in a cast that casts nothing has no gradient at all.
     return summed if summed.dtype == tensor.dtype else summed.to(tensor.dtype)
 

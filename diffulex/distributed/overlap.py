@@ -14,7 +14,8 @@ these. `collect` comes after all copies of this rank, and its barrier after thos
 `Workspace`, a call finds the buffer free and leaves it free. What is under way is the workspace's and not the graph's,
 so no compiler sees a tensor that is still being written; each op takes a result of what comes before it, and what comes
 next one of it (`send` hands on a small tensor for that alone), so none is moved within a call. Calls that do not depend
-on one another may be interleaved by a compiler; `Workspace` refuses those.
+on one another keep the order of the program, as all exchanges do (`order_pass`); `Workspace` refuses a program that
+interleaves them.
 """
 
 from __future__ import annotations

@@ -125,8 +125,7 @@ class Workspace:
     def check_free(self) -> None:
         """Raise `MoEStageError` where `overlap` has a call under way: whatever came next would write over it.
 
-        Compiled code is free to put calls side by side that do not depend on one another. After the error the memory
-        counts as free, so that a call that ended half way does not end all that follow.
+        After the error the memory counts as free, so that a call that ended half way does not end all that follow.
         """
         if self.flight is not None:
             self.flight = None
@@ -134,7 +133,7 @@ class Workspace:
                 "symmetric memory",
                 expected="one call in parts after the other",
                 got="an exchange between `begin` and `collect` of another",
-                hint="In one graph, let layers with chunks depend on one another, or give them chunks=1.",
+                hint="Let one layer's call end before another's begins, or give the layers chunks=1.",
             )
 
     def offsets(self, parts: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .collectives import added_in_order, exchange, gather
+from .collectives import added_in_order, all_gather, exchange
 from .symmetric import all_to_all_op, gather_op, offsets_of
 
 
@@ -39,7 +39,7 @@ def gathered(parts: list[Tensor], capacity: int, *, route: Route) -> list[Tensor
     """Tensors [T, X] of any dtype -> [ranks * C, X] in it, zeros in the places without a token; not differentiable."""
     if route.workspace is not None:
         return gather_op(parts, capacity, route.size, route.workspace)  # type: ignore[no-any-return]
-    return [gather(_padded(part, capacity), route.size, group=route.group) for part in parts]
+    return [all_gather(_padded(part, capacity), route.size, group=route.group) for part in parts]
 
 
 def packed(places_TK: Tensor, weights_TK: Tensor) -> Tensor:

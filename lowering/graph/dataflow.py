@@ -268,12 +268,17 @@ def backward_nodes(graph: Graph) -> set[Node]:
     return found
 
 
+def place_of(node: Node) -> dict[str, Any]:
+    """What the meta of a node says of its place in the model, without what it says of its value."""
+    return {key: value for key, value in node.meta.items() if key not in _OWN_META}
+
+
 def insert_call(graph: Graph, target: Any, *, args: tuple[Any, ...], like: Node) -> Node:
     """Insert a call at the graph's insertion point. Its place in the model (module, stack trace, forward or backward,
     recomputation) is copied from `like`; its fake value, shape and dtype included, is computed from those of `args`.
     """
     node = graph.call_function(target, args)
-    node.meta = {key: value for key, value in like.meta.items() if key not in _OWN_META}
+    node.meta = place_of(like)
     if isinstance(target, OpOverload):
         node.meta["original_aten"] = target  # generated kernels are named after it
     fakes = map_arg(args, lambda arg: arg.meta["val"])

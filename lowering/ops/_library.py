@@ -51,6 +51,10 @@ SCHEMAS = {
 # other ops, by name, whose first argument says what comes before them, and is not read
 ORDERING_OPS: set[str] = set()
 
+# other ops, by name, which all ranks call in one order: their last argument, `follows`, takes the last output of the op
+# before
+FOLLOWING_OPS: set[str] = set()
+
 # called whenever a fake function runs, that is while a graph with our ops is traced
 TRACE_HOOKS: list[Callable[[], None]] = []
 

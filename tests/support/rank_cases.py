@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import re
 import signal
 import time
 from typing import Any
@@ -193,6 +194,43 @@ def run_compiled(
             else:
                 results.append([{"out": which(hidden_TH)[0]} for which in (compiled, layer)])
     return {"graphs": len(graphs), "results": results, "stage": layer.dispatcher.stage.name}
+
+
+class Stack(torch.nn.Module):
+    """Two layers one behind the other, and beside them the first one once more."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, hidden_TH: Tensor) -> Tensor:
+        """hidden [T, H] floating to [T, H]."""
+        between_TH = hidden_TH + self.first(hidden_TH)[0]
+        return between_TH + self.second(between_TH * 0.5)[0] + self.first(hidden_TH.sin())[0]
+
+
+def run_stack(rank: int, case: Case, size: int, counts: tuple[int, ...]) -> dict[str, Any]:
+    """Layers compiled by Inductor and trained with numbers of tokens: the exchanges in the order of each graph's code,
+    and results beside eager ones."""
+    import torch._inductor.graph as inductor_graph
+
+    orders: list[tuple[str, ...]] = []
+    keep = staticmethod(lambda code: orders.append(tuple(re.findall(r"= torch\.ops\.diffulex_exchange\.(\w+)", code))))
+    no_caches = torch._inductor.config.patch(force_disable_caches=True)  # what they hold is not generated again
+    torch._dynamo.reset()
+    stack = Stack(make_sharded(case, size), make_sharded(case, size))
+    compiled = torch.compile(stack, fullgraph=True)
+    hidden_TH = torch.randn(counts[rank], case.spec.hidden_size, generator=torch.Generator().manual_seed(rank))
+    results = []
+    with mock.patch.object(inductor_graph.GraphLowering, "save_output_code", keep), no_caches:
+        for run in (compiled, stack):
+            run.zero_grad()
+            given = hidden_TH.to(case.dtype).requires_grad_()
+            out = run(given)
+            out.square().sum().backward()
+            grads = {name: tensor.grad.clone() for name, tensor in stack.named_parameters()}
+            results.append({"out": out.detach(), "hidden": given.grad} | grads)
+    return {"orders": orders, "results": results}
 
 
 def run_broken(rank: int, case: Case, size: int, steps: int) -> dict[str, Any]:

@@ -41,10 +41,10 @@ def code_of(monkeypatch):
     sizes = (RANKS * EXPERTS + 1, 1), (RANKS, RANKS * EXPERTS + 1)
     tables = [torch.zeros(size, dtype=torch.int32) for size in sizes]
 
-    def code(tokens, **options):
+    def code(tokens, function=call, **options):
         given = [torch.empty(tokens, H, **half), torch.zeros(tokens, K, dtype=torch.int64), torch.zeros(tokens, K)]
         with torch.no_grad():
-            return offline_source(call, [*given, *weights, *tables], options=options)
+            return offline_source(function, [*given, *weights, *tables], options=options)
 
     return code
 
@@ -65,6 +65,19 @@ def test_what_comes_goes_through_generated_kernels(code_of):
 def test_a_rank_without_tokens_takes_part(code_of):
     """Its results have no elements, and so nothing in its graph reads what comes back."""
     assert [name.split(".")[-2] for name in code_of(0).extern_calls] == ["send_rows", "exchange_rows"]
+
+
+def test_layers_of_a_rank_without_tokens_keep_their_order(code_of):
+    """Nothing of the first one is data for the second one, where there are no tokens."""
+
+    def twice(hidden_TH, *others):
+        return call(hidden_TH + call(hidden_TH, *others), *others)
+
+    for tokens in (0, 64):
+        found = [name.split(".")[-2] for name in code_of(tokens, twice).extern_calls]
+        assert found == ["send_rows", "exchange_rows"] * 2
+    given = re.findall(r"exchange_rows\.default\((.*)\)", code_of(0, twice).wrapper_source)
+    assert len(given) == 2 and all(re.search(r"follows=buf\d+$", text) for text in given)
 
 
 def test_no_cuda_graph_holds_splits(code_of):

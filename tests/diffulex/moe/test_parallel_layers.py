@@ -376,7 +376,7 @@ def test_compiled_code_holds_what_of_the_naive_exchange_has_a_shape(pair):
     case = Case(SPECS["qwen3"], (9, 4), torch.bfloat16, EXCHANGES["naive"])
     for found in pair.run(rank_cases.run_broken, case, 2, 6):
         assert all(torch.equal(one, other) for one, other in found["results"])
-        for op in ("diffulex.moe_combine", "diffulex.moe_dispatch", "_c10d_functional.all_to_all_single"):
+        for op in ("diffulex.moe_combine", "diffulex.moe_dispatch", "diffulex_exchange.exchange"):
             assert any(op in name for graph in found["graphs"] for name in graph), op
         assert found["counts"][2] == found["counts"][-1], found["counts"]
 
@@ -403,6 +403,18 @@ def test_inductor_compiles_training(pair, options):
         for found, wanted in told["results"]:
             for key, value in wanted.items():
                 assert_near_exact(found[key], value, what=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "memory"), [((), False), (STATIC, True)], ids=["naive", "memory"])
+def test_compiled_layers_exchange_in_one_order(pair, options, memory):
+    """One depends on the other, and a third call on none of them; nothing of a rank without tokens tells."""
+    case = Case(SPECS["qwen3"], (), torch.float64, options, memory=memory)
+    told = pair.run(rank_cases.run_stack, case, 2, (0, 4))
+    assert told[0]["orders"] == told[1]["orders"] and min(map(len, told[0]["orders"])) >= 6
+    for found, wanted in (ranked["results"] for ranked in told):
+        for key, value in wanted.items():
+            assert_near_exact(found[key], value, what=key)
 
 
 @pytest.mark.parametrize(
