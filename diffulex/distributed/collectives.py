@@ -42,8 +42,8 @@ def total_of_ranks(counts: Tensor, group: str) -> Tensor:
     return _all_reduce_op(counts, group)  # type: ignore[no-any-return]
 
 
-def exchange_now(rows: Tensor, recv: Sequence[int], send: Sequence[int], group: str) -> Tensor:
-    """`exchange` inside an op."""
+def exchange_now(rows: Tensor, recv: list[int], *, send: list[int], group: str) -> Tensor:
+    """`exchange` inside another op: rows [S, ...] of any dtype to [R, ...] in it."""
     return _OPS.wait_tensor(_OPS.all_to_all_single(rows.contiguous(), recv, send, group))
 
 
@@ -61,7 +61,7 @@ def _all_reduce(tensor: Tensor, group: str) -> Tensor:
 
 _exchange_op = define(
     "exchange(Tensor rows, SymInt[] recv, SymInt[] send, str group) -> Tensor",
-    exchange_now,
+    lambda rows, recv, send, group: exchange_now(rows, recv, send=send, group=group),
     fake=lambda rows, recv, send, group: rows.new_empty(sum(recv), *rows.shape[1:]),
 )
 _all_gather_op = define(

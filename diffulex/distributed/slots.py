@@ -41,13 +41,13 @@ def _send_rows(rows_NH: Tensor, details_ND: Tensor, splits_2R: Tensor, group: st
     splits_on_host_2R = splits_2R.to("cpu", copy=True, memory_format=torch.contiguous_format)
     send, recv = splits_on_host_2R.tolist()
     sent = sum(send)
-    recv_RH = exchange_now(rows_NH[:sent], recv, send, group)
-    return recv_RH, exchange_now(details_ND[:sent], recv, send, group), splits_on_host_2R
+    recv_RH = exchange_now(rows_NH[:sent], recv, send=send, group=group)
+    return recv_RH, exchange_now(details_ND[:sent], recv, send=send, group=group), splits_on_host_2R
 
 
 def _exchange_rows(rows_SH: Tensor, splits_2R: Tensor, count: int, back: bool, group: str) -> Tensor:
     there, here = reversed(splits_2R.tolist()) if back else splits_2R.tolist()
-    came_RH = exchange_now(rows_SH[: sum(there)], here, there, group)
+    came_RH = exchange_now(rows_SH[: sum(there)], here, send=there, group=group)
     if came_RH.shape[0] == count:
         return came_RH
     return torch.cat((came_RH, came_RH.new_zeros(count - came_RH.shape[0], *came_RH.shape[1:])))

@@ -196,11 +196,13 @@ def test_ops_have_fakes_and_are_captured(rows):
         return all_to_all_op(gathered * 2, 1, "threads/0"), places
 
     def run(space):
+        exchanges = torch.ops.diffulex_exchange
         for op, args in (
-            (gather_op, ([hidden, details], 5, 1, "threads/0")),
-            (all_to_all_op, (hidden, 1, "threads/0")),
+            (exchanges.gather, ([hidden, details], 5, 1, "threads/0")),
+            (exchanges.all_to_all, (hidden, 1, "threads/0")),
         ):
-            torch.library.opcheck(op, args)
+            torch.library.opcheck(op.default, args)
+            torch.library.opcheck(op.default, (*args, torch.empty(0, dtype=torch.int32)))
         torch._dynamo.reset()
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
         return compiled(hidden, details), step(hidden, details)
