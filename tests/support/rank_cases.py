@@ -121,6 +121,22 @@ def run_experts(rank: int, case: Case, size: int, replicas: int = 1) -> dict[str
     return expert_results(layer, *parts)
 
 
+def run_on_first_expert(rank: int, case: Case, size: int) -> dict[str, Tensor | None]:
+    """Output and what `backward` leaves in every leaf on this rank, for slots that are all the first expert's."""
+    layer = make_sharded(case, size)
+    return first_expert_results(layer, *(case.part(tensor, rank) for tensor in case.all_inputs()[:2]))
+
+
+def first_expert_results(layer: Any, hidden_TH: Tensor, weights_TK: Tensor) -> dict[str, Tensor | None]:
+    """Output of the routed experts and gradients, None where there is none, for slots of the first expert alone."""
+    hidden_TH, weights_TK = (t.detach().clone().requires_grad_() for t in (hidden_TH, weights_TK))
+    out_TH = layer.run_experts(hidden_TH, weights_TK, torch.zeros(weights_TK.shape, dtype=torch.int64))
+    out_TH.backward(loss_gradient(out_TH, hidden_TH))
+    leaves = {"hidden": hidden_TH, "weights": weights_TK}
+    leaves |= {n: p for n in ("w13", "w2", "b13", "b2") if (p := getattr(layer, n)) is not None}
+    return {"out": out_TH.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+
+
 def run_twice(rank: int, case: Case, size: int, compiled: bool = False, invariant: bool = False) -> list[Tensor]:
     """Outputs of two calls of the routed experts on this rank, without gradients; the second compiled where asked.
 

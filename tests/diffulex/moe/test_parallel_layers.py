@@ -256,6 +256,17 @@ def test_ranks_without_tokens(ranks, how, tokens):
         assert_near_exact(value, wanted[name], what=name)
 
 
+@pytest.mark.parametrize("impl", ["triton", "naive"])
+@pytest.mark.parametrize("how", [*EXCHANGES, "experts"])
+def test_a_rank_whose_experts_nobody_chose_takes_part_in_backward(pair, how, impl):
+    """Its gradients are zeros and not None, and the other rank does not wait for it."""
+    case = Case(SPECS["gpt_oss"], (5, 3), torch.float64, {**EXCHANGES, **SPLITS}[how], impl=impl)
+    found = joined(pair.run(rank_cases.run_on_first_expert, case, 2), case)
+    wanted = rank_cases.first_expert_results(case.whole_layer(), *case.all_inputs()[:2])
+    for name, value in wanted.items():
+        assert_near_exact(found[name], value, what=name)
+
+
 @pytest.mark.parametrize("how", [*EXCHANGES, *SPLITS])
 def test_gradients_of_gradients(pair, how):
     case = Case(SPECS["qwen3"], (5, 3), torch.float64, {**EXCHANGES, **SPLITS}[how])

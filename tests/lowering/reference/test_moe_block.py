@@ -76,6 +76,19 @@ def test_a_block_by_hand():
     assert out.dtype == torch.float64
 
 
+@pytest.mark.parametrize("tokens", [0, 2])
+def test_what_no_token_uses_has_gradients_of_zero(tokens):
+    """Of every argument, and without its values: those that are not finite stay out of the result."""
+    hidden, weights = torch.full((tokens, 3), torch.inf), torch.full((tokens, 1), torch.nan)
+    shapes = {"w13_EJH": (2, 4, 3), "w2_EHI": (2, 3, 2), "b13_EJ": (2, 4), "b2_EH": (2, 3)}
+    of_experts = {name: torch.full(shape, torch.nan) for name, shape in shapes.items()}
+    leaves = [tensor.requires_grad_() for tensor in (hidden, weights, *of_experts.values())]
+    nobody = torch.full((tokens, 1), -1)
+    out = moe_block_reference(hidden, weights, nobody, experts=ExpertWeights(**of_experts))
+    assert out.shape == (tokens, 3) and not out.any()
+    assert all(not grad.any() for grad in torch.autograd.grad(out.sum(), leaves))
+
+
 def test_layout_of_gate_and_up():
     """silu(g) * u with g = h and u = 2 h, one after the other for two units, then alternating."""
     hidden, one = torch.tensor([[3.0]], dtype=torch.float64), torch.ones(1, 1)
