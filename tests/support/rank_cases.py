@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from diffulex.distributed import ExpertLoad, ParallelConfig
 from diffulex.moe import EPFusedMoE, MoESpec, NaiveFusedMoE, TPFusedMoE
 from diffulex.moe.dispatcher import static_dispatcher
+from lowering.errors import MoEUnsupportedError
 from lowering.state import batch_invariant
 from tests.support.moe_layers import make_layer
 from tests.support.shared_memory import workspace_of_processes
@@ -135,6 +136,19 @@ def first_expert_results(layer: Any, hidden_TH: Tensor, weights_TK: Tensor) -> d
     leaves = {"hidden": hidden_TH, "weights": weights_TK}
     leaves |= {n: p for n in ("w13", "w2", "b13", "b2") if (p := getattr(layer, n)) is not None}
     return {"out": out_TH.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def run_trained(rank: int, case: Case, size: int, trained: tuple[str, ...]) -> tuple[str, Tensor | None]:
+    """The error of a call, "" if none, and the gradient of hidden states, where only these experts' tensors train."""
+    layer = make_sharded(case, size)
+    hidden_TH, weights_TK, ids_TK = (case.part(tensor, rank) for tensor in case.all_inputs())
+    for name in ("w13", "w2", "b13", "b2"):
+        getattr(layer, name).requires_grad_(name in trained)
+    try:
+        out_TH = layer.run_experts(hidden_TH.requires_grad_(), weights_TK, ids_TK)
+    except MoEUnsupportedError as error:
+        return str(error), None
+    return "", torch.autograd.grad(out_TH, hidden_TH, loss_gradient(out_TH, hidden_TH))[0]
 
 
 def run_twice(rank: int, case: Case, size: int, compiled: bool = False, invariant: bool = False) -> list[Tensor]:

@@ -52,7 +52,8 @@ class EPFusedMoE(ShardedFusedMoE):
 
         Raises `MoEUnsupportedError` where experts that have copies are to be trained.
         """
-        if self._copies and torch.is_grad_enabled() and self.w13.requires_grad:
+        held = (self.w13, self.w2, self.b13, self.b2)
+        if self._copies and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in held):
             raise MoEUnsupportedError.of(
                 type(self).__name__,
                 expected="no gradients of experts that are on several ranks",

@@ -345,6 +345,23 @@ def test_a_plan_with_replicas_is_run(pair):
         assert message.startswith("MoEParallelError") and "each expert on one rank for the mode 'tp'" in message
 
 
+@pytest.mark.parametrize("trained", OF_EXPERTS)
+def test_no_tensor_of_copied_experts_is_trained(pair, trained):
+    """A single one would make the copies differ."""
+    owned = ExpertPlacement(((0, 1, 2, 3, 4), (4, 5, 6, 7, 0)))
+    case = Case(SPECS["gpt_oss"], (3, 2), torch.float64, (("placement", owned),))
+    for message, _ in pair.run(rank_cases.run_trained, case, 2, (trained,)):
+        assert "no gradients of experts that are on several ranks" in message
+
+
+def test_what_is_before_copied_experts_is_trained(pair):
+    owned = ExpertPlacement(((0, 1, 2, 3, 4), (4, 5, 6, 7, 0)))
+    case = Case(SPECS["gpt_oss"], (3, 2), torch.float64, (("placement", owned),))
+    told = pair.run(rank_cases.run_trained, case, 2, ())
+    assert [message for message, _ in told] == ["", ""]
+    assert_near_exact(torch.cat([grad for _, grad in told]), single_rank(case)["hidden"])
+
+
 def test_copies_of_new_experts_are_alike(ranks):
     """Each rank draws its own, and the first copy's are taken, on whichever rank that is."""
     placement = ExpertPlacement(((0, 1), (2, 3, 4), (5, 6), (3, 0)))
