@@ -68,8 +68,12 @@ class EPFusedMoE(ShardedFusedMoE):
             first = functools.partial(self._slots.first, experts=experts)
             return static.run_in_parts(hidden_TH, ids_TK, weights_TK, first=first)
         sent = self.dispatcher.dispatch(hidden_TH, ids_TK, weights_TK)
-        slots_NH = self._slots(sent.recv_hidden_states, sent.recv_local_expert_ids, experts=experts)
-        return self.dispatcher.combine(slots_NH, sent.metadata)
+        try:
+            slots_NH = self._slots(sent.recv_hidden_states, sent.recv_local_expert_ids, experts=experts)
+            return self.dispatcher.combine(slots_NH, sent.metadata)
+        except BaseException:  # nobody will take what is owed, and the next call is a turn of its own
+            self.dispatcher.reset()
+            raise
 
     def extra_repr(self) -> str:
         """The sizes here and in all, and how tokens travel, for `print(model)`."""

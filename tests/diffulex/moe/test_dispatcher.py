@@ -371,6 +371,45 @@ def test_compiled_layers_have_the_gradients_of_one_rank(mesh, options):
         assert_near_exact(found[name], value, what=name)
 
 
+class FailingSlots:
+    """Experts that run out of memory, in compiled code too."""
+
+    @torch.compiler.disable
+    def __call__(self, hidden_TH, ids_TK, *, experts):
+        raise torch.OutOfMemoryError("no memory")
+
+    first = __call__
+
+
+PARTS = {**STATIC, "exact": False, "chunks": 2}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("options", [{}, STATIC, PARTS], ids=["naive", "static", "parts"])
+def test_an_error_of_the_experts_ends_with_the_call(mesh, monkeypatch, options, compiled):
+    """The next one finds the layer as it was, and what was received is not kept."""
+    layer, hidden_TH = layer_of(mesh, SPECS["qwen3"], **options), make_inputs(SPECS["qwen3"], 5).hidden_TH
+    torch._dynamo.reset()
+    call = torch.compile(layer, backend="aot_eager") if compiled else layer
+    with torch.no_grad():
+        wanted = layer(hidden_TH)[0]
+        stage = layer.dispatcher.stage
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "_slots", FailingSlots())
+            with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+                call(hidden_TH)
+        assert layer.dispatcher.stage is stage is not DispatcherStage.DISPATCHED
+        assert_near_exact(call(hidden_TH)[0], wanted)
+
+
+def test_a_layer_takes_no_turn_that_another_began(mesh):
+    layer, hidden_TH = layer_of(mesh, SPECS["qwen3"]), make_inputs(SPECS["qwen3"], 5).hidden_TH
+    sent = layer.dispatcher.dispatch(hidden_TH, torch.zeros(5, 2, dtype=torch.int64), torch.ones(5, 2))
+    with raises_catalogue(MoEStageError, where="dispatch", expected="`combine` of the tokens"):
+        layer(hidden_TH)
+    layer.dispatcher.combine(identity(sent), sent.metadata)
+
+
 def test_load_full_names_what_does_not_fit(mesh):
     spec = SPECS["deepseek_v3"]
     layer, state = EPFusedMoE(spec, parallel=ParallelConfig(mesh, dim="ep")), make_layer(spec).state_dict()
