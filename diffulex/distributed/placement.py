@@ -59,15 +59,18 @@ class ExpertPlacement:
 
     def ranks_of(self, num_experts: int, rank: int) -> list[tuple[int, ...]]:
         """The ranks that slots from `rank` may go to, for each expert: that rank itself where it holds the expert, else
-        all that do; (-1,) behind them for what is no expert. Raises as `check`.
+        all that do, which its tokens take in turn; (-1,) behind them for what is no expert. Raises as `check`.
 
-        Where ranks have as many tokens, each copy of an expert gets as much: 1 + (R - c) / c of R ranks' for c copies.
+        Ranks without the expert begin with one copy after the other. So where ranks have as many tokens for it, each
+        copy gets as many, within c / 2 for c copies: 1 + (R - c) / c of R ranks'.
         """
         self.check(num_experts, len(self.owned))
-        holders = [
-            tuple(r for r, experts in enumerate(self.owned) if expert in experts) for expert in range(num_experts)
-        ]
-        return [*((rank,) if rank in ranks else ranks for ranks in holders), (-1,)]
+        turns = []
+        for expert in range(num_experts):
+            ranks = tuple(r for r, experts in enumerate(self.owned) if expert in experts)
+            first = (rank - sum(r < rank for r in ranks)) % len(ranks)  # by its number among those without a copy
+            turns.append((rank,) if rank in ranks else ranks[first:] + ranks[:first])
+        return [*turns, (-1,)]
 
     def rows_of(self, num_experts: int) -> list[list[int]]:
         """The row of each expert in the weights of each rank; -1 where it has none, and behind them for what is none.

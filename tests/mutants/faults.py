@@ -521,8 +521,8 @@ FAULTS = (
     Fault(
         "a slot goes away though its expert has a copy here",
         "diffulex/distributed/placement.py",
-        "        return [*((rank,) if rank in ranks else ranks for ranks in holders), (-1,)]\n",
-        "        return [*holders, (-1,)]\n",
+        "turns.append((rank,) if rank in ranks else ranks[first:] + ranks[:first])",
+        "turns.append(ranks[first:] + ranks[:first])",
         (f"{PARALLEL}/test_placement.py",),
     ),
     Fault(
@@ -530,6 +530,20 @@ FAULTS = (
         "diffulex/moe/dispatcher/base_dispatcher.py",
         "self.ranks_of_expert[known_TK, token_T1 % self.num_copies[known_TK]]",
         "self.ranks_of_expert[known_TK, 0 * token_T1]",
+        (f"{PARALLEL}/test_placement.py",),
+    ),
+    Fault(
+        "every rank begins with an expert's first copy",
+        "diffulex/distributed/placement.py",
+        "ranks[first:] + ranks[:first])",
+        "ranks)",
+        (f"{PARALLEL}/test_placement.py",),
+    ),
+    Fault(
+        "slots that travel as tokens take turns as slots",
+        "diffulex/moe/dispatcher/base_dispatcher.py",
+        "row_T1 // self.plan.rows_per_token",
+        "row_T1",
         (f"{PARALLEL}/test_placement.py",),
     ),
     Fault(

@@ -155,7 +155,8 @@ class TokenDispatcher(ABC, Generic[M]):
         if self.ranks_of_expert.shape[1] == 1:
             ranks_TK = self.ranks_of_expert[:, 0][known_TK]
         else:
-            token_T1 = torch.arange(known_TK.shape[0], device=known_TK.device).unsqueeze(1)
+            row_T1 = torch.arange(known_TK.shape[0], device=known_TK.device).unsqueeze(1)
+            token_T1 = row_T1 // self.plan.rows_per_token
             ranks_TK = self.ranks_of_expert[known_TK, token_T1 % self.num_copies[known_TK]]
         return ranks_TK, self.rows_of_expert[ranks_TK.long(), known_TK]  # none: the last rank, which has no such row
 
