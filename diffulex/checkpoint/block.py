@@ -87,9 +87,9 @@ def block_of(module: nn.Module | Block, *, owned: Owned = None) -> Block:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and persistent buffers, as `state_dict` names them."""
+    """Parameters and persistent buffers, as `state_dict` names them; not what modules say of themselves beside them."""
     for name, value in module.state_dict(keep_vars=True).items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and name.rpartition(".")[2] != "_extra_state":
             yield name, value.detach()
 
 

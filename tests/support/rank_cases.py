@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from diffulex.distributed import ExpertLoad, ParallelConfig
@@ -308,6 +308,21 @@ def run_checkpoint(rank: int, case: Case, size: int, folder: str) -> dict[str, T
         torch.nn.init.constant_(parameter, 77.0)
     rest = load_checkpoint({0: layer}, folder, model_type="qwen3_moe")
     return {"loaded": layer.state_dict(), "wanted": wanted, "rest": rest, "owned": layer.owned_experts}
+
+
+def load_state(rank: int, case: Case, size: int, source: int, other: Case) -> tuple[str, bool]:
+    """The error of loading the state of a rank into a layer of another case, "" if none, and whether w13 changed."""
+    from lowering.errors import MoECheckpointError
+
+    states: list[Any] = [None] * size
+    distributed.all_gather_object(states, make_sharded(case, size).state_dict(), group=mesh_of(size).get_group("ep"))
+    layer = make_sharded(dataclasses.replace(other, seed=case.seed + 1), size)
+    before, message = layer.w13.clone(), ""
+    try:
+        layer.load_state_dict(states[source])
+    except MoECheckpointError as error:
+        message = str(error)
+    return message, not torch.equal(layer.w13, before)
 
 
 def make_mismatched(rank: int, cases: tuple[Case, ...]) -> str:

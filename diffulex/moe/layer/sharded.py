@@ -22,6 +22,7 @@ from .experts import slots_function, weighted_on_input
 from .spec import MoESpec
 
 EXPERT_PARAMS = ("w13", "w2", "b13", "b2")
+_EXTRA = "_extra_state"  # the name that torch gives it
 
 
 class ShardedFusedMoE(FusedMoE):
@@ -32,6 +33,9 @@ class ShardedFusedMoE(FusedMoE):
     load a checkpoint. Gradients of replicated parameters are those of the rank's tokens.
 
     With replicas in `parallel.placement` a layer is for inference: the gradients of copies would have to be added up.
+
+    A `state_dict` says which experts it holds, in `_extra_state`, and loads into layers that hold the same ones alone;
+    one that does not say it, as older ones, loads where the shapes fit.
 
     owned_experts  the experts that w13 [E', J', H], w2 [E', H, I'], b13 and b2 have rows for, in order
     """
@@ -127,15 +131,61 @@ class ShardedFusedMoE(FusedMoE):
         """The first rank's values of everything but the experts, on all ranks; the first copy's, of each expert."""
         group = self.parallel.group
         source = distributed.get_global_rank(group, 0)
-        for name, tensor in self.state_dict(keep_vars=True).items():
+        for name, tensor in self._tensors().items():
             if name not in EXPERT_PARAMS and not tensor.is_meta:
                 distributed.broadcast(tensor.detach(), src=source, group=group)
         for expert, ranks in () if self._split else self.parallel.experts_of(self.num_experts).replicas.items():
-            for tensor in (self.w13, self.w2, self.b13, self.b2):
-                if tensor is not None and not tensor.is_meta:
+            for rows in (self.w13, self.w2, self.b13, self.b2):
+                if rows is not None and not rows.is_meta:
                     held = self.parallel.rank in ranks
-                    row = tensor[self.owned_experts.index(expert)] if held else torch.empty_like(tensor[0])
+                    row = rows[self.owned_experts.index(expert)] if held else torch.empty_like(rows[0])
                     distributed.broadcast(row.detach(), src=distributed.get_global_rank(group, ranks[0]), group=group)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers, as `state_dict` names them."""
+        return {name: value for name, value in self.state_dict(keep_vars=True).items() if name != _EXTRA}
+
+    def get_extra_state(self) -> Tensor:
+        """What `state_dict` says of the experts: [2 + E'] int64 on the CPU, the slice of the width, then their numbers.
+
+        A tensor, so that safetensors and distributed checkpoints take it.
+        """
+        return torch.tensor([*self._width, *self.owned_experts], dtype=torch.int64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raise `MoECheckpointError` unless `state` [2 + E'], of any dtype, is of the experts that this layer holds."""
+        own, given = self.get_extra_state(), state.detach()
+        # Whoever casts a whole state_dict casts this, too; on the meta device there is nothing to compare.
+        if given.is_meta or torch.equal(own.to(given.dtype), given.cpu()):
+            return
+        expected, got = (
+            f"experts {numbers[2:]}, units {numbers[:2]} of their width" for numbers in (own.tolist(), given.tolist())
+        )
+        raise MoECheckpointError.of(
+            f"{type(self).__name__} on rank {self.parallel.rank}",
+            expected=f"the state of {expected}",
+            got=got,
+            hint="Make the layer with the placement of the state, on as many ranks, or pass a whole one to load_full.",
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As `nn.Module` has it, but other experts are refused before any value is taken, and none need be named."""
+        key = prefix + _EXTRA
+        if key in state_dict:
+            self.set_extra_state(state_dict[key])
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        missing_keys[:] = [name for name in missing_keys if name != key]
 
     @torch.no_grad()
     def load_full(self, state: Mapping[str, Tensor]) -> None:
@@ -143,7 +193,7 @@ class ShardedFusedMoE(FusedMoE):
 
         Raises `MoECheckpointError` where names are missing or unexpected or shapes are others; then nothing is taken.
         """
-        own = self.state_dict(keep_vars=True)
+        own = self._tensors()
         spare = {"b2"} if self.spec.experts.bias else set()  # where another rank adds it
         missing, unexpected = {*own} - {*state}, {*state} - {*own} - spare
         if missing or unexpected:

@@ -6,10 +6,12 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
+from diffulex.checkpoint import load_checkpoint, save_checkpoint
 from diffulex.distributed import ExpertPlacement, ParallelConfig
 from diffulex.distributed.parts import PartsOfCollectives
 from diffulex.moe import (
@@ -417,6 +419,59 @@ def test_load_full_names_what_does_not_fit(mesh):
         layer.load_full({name: tensor for name, tensor in state.items() if name != "w2"})
     with pytest.raises(MoECheckpointError, match="none missing, b2, more more"):
         layer.load_full(state | {"more": state["w2"], "b2": state["w2"]})
+
+
+def without_extra(state):
+    return {name: tensor for name, tensor in state.items() if "_extra_state" not in name}
+
+
+def stored(state):
+    return safetensors.torch.load(safetensors.torch.save({name: t.contiguous() for name, t in state.items()}))
+
+
+STATES = {"own": dict, "older": without_extra, "stored": stored, "copied": copy.deepcopy}
+
+
+@pytest.mark.parametrize("change", STATES.values(), ids=STATES)
+@pytest.mark.parametrize("options", [{}, {"mode": "tp", "shard": "width"}], ids=str)
+def test_a_state_says_which_experts_it_holds(mesh, options, change):
+    """Also in a larger module, and where all of it was cast; one that does not say it is taken as it is."""
+    spec = SPECS["deepseek_v3"]
+    one, other = (torch.nn.Sequential(layer_of(mesh, spec, **options)) for _ in range(2))
+    torch.nn.init.zeros_(other[0].w2)
+    state = one.state_dict()
+    told = state["0._extra_state"]
+    assert told.dtype == torch.int64 and told.tolist() == [0, spec.experts.intermediate_size, *range(8)]
+    assert not any(other.load_state_dict(change(state)))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
+    other.load_state_dict({name: tensor.bfloat16() for name, tensor in state.items()})
+    other.to("meta").load_state_dict(change(state), assign=True)
+    assert torch.equal(other[0].w2, one[0].w2)
+    other.load_state_dict({name: tensor.to("meta") for name, tensor in state.items()}, assign=True)
+    assert other.state_dict()["0._extra_state"].tolist() == told.tolist()
+
+
+def test_other_experts_are_refused_before_anything_is_taken(mesh):
+    placement = ExpertPlacement((tuple(reversed(range(8))),))
+    one, other = layer_of(mesh, SPECS["qwen3"]), layer_of(mesh, SPECS["qwen3"], placement=placement)
+    torch.nn.init.zeros_(other.gate.weight)
+    for strict in (True, False):
+        with raises_catalogue(MoECheckpointError, expected="experts [7, 6, 5,", got="experts [0, 1, 2,"):
+            other.load_state_dict(one.state_dict(), strict=strict)
+    assert not other.gate.weight.any()
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "w2"\.'):
+        one.load_state_dict({name: t for name, t in without_extra(one.state_dict()).items() if name != "w2"})
+    with raises_catalogue(MoECheckpointError, where="load_full", got="none missing, _extra_state more"):
+        other.load_full(one.state_dict())
+
+
+def test_checkpoints_hold_nothing_but_weights(mesh, tmp_path):
+    layer = layer_of(mesh, SPECS["qwen3"])
+    save_checkpoint({0: layer}, tmp_path, model_type="qwen3_moe")
+    other = layer_of(mesh, SPECS["qwen3"])
+    torch.nn.init.zeros_(other.w13)
+    assert load_checkpoint({0: other}, tmp_path, model_type="qwen3_moe") == []
+    assert torch.equal(other.w13, layer.w13)
 
 
 @pytest.mark.parametrize(

@@ -465,11 +465,31 @@ def test_each_rank_loads_its_experts_from_a_checkpoint(ranks, options, tmp_path)
         assert_bitwise(told["loaded"], told["wanted"], told["wanted"])
 
 
+@pytest.mark.parametrize("how", ["naive", *SPLITS])
+def test_the_state_of_one_rank_is_not_for_another(pair, how):
+    case = Case(SPECS["qwen3"], (), options={**EXCHANGES, **SPLITS}[how])
+    own, other = pair.run(rank_cases.load_state, case, 2, 0, case)
+    assert own == ("", True) and not other[1]
+    experts = [[0, 1, 2, 3], [4, 5, 6, 7]] if how != "width" else [[*range(8)], [*range(8)]]
+    units = [[0, 3], [3, 6]] if how == "width" else [[0, 6], [0, 6]]
+    told = [f"experts {experts[rank]}, units {units[rank]} of their width" for rank in range(2)]
+    assert f"on rank 1: expected the state of {told[1]}, got {told[0]}. " in other[0] and "load_full" in other[0]
+
+
+def test_the_state_of_one_placement_is_not_for_another(pair):
+    case = Case(SPECS["qwen3"], ())
+    for owned in (((0, 2, 4, 6), (1, 3, 5, 7)), ((0, 1, 3, 2), (5, 4, 6, 7)), ((0, 1, 2), (3, 4, 5, 6, 7))):
+        other = dataclasses.replace(case, options=(("placement", ExpertPlacement(owned)),))
+        for source in range(2):
+            message, changed = pair.run(rank_cases.load_state, case, 2, source, other)[source]
+            assert f"expected the state of experts {[*owned[source]]}" in message and not changed
+
+
 def test_new_layers_agree_on_what_is_replicated(ranks):
     spec = SPECS["deepseek_v3"]
     for options in ((), SPLITS["width"]):
         made = ranks.run(rank_cases.make_fresh, Case(spec, (), options=options), RANKS)
-        for name in made[0].keys() - {"text", *OF_EXPERTS}:
+        for name in made[0].keys() - {"text", "_extra_state", *OF_EXPERTS}:
             assert all(torch.equal(state[name], made[0][name]) for state in made), name
         assert not torch.equal(made[0]["w2"], made[1]["w2"])
     assert (
