@@ -325,6 +325,23 @@ def load_state(rank: int, case: Case, size: int, source: int, other: Case) -> tu
     return message, not torch.equal(layer.w13, before)
 
 
+def store_sharded(rank: int, case: Case, size: int, folder: str) -> dict[str, Tensor]:
+    """The whole state, in one process, of a layer that FSDP2 shards over all ranks, after a distributed checkpoint."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    layers = [make_sharded(dataclasses.replace(case, seed=case.seed + more), 1, replicas=size) for more in range(2)]
+    for layer in layers:
+        fully_shard(layer, mesh=mesh_of(1, size)["dp"])
+    checkpoint.save(get_model_state_dict(layers[0]), checkpoint_id=folder)
+    state = get_model_state_dict(layers[1])
+    checkpoint.load(state, checkpoint_id=folder)
+    told = set_model_state_dict(layers[1], state)
+    assert not told.missing_keys and not told.unexpected_keys
+    return get_model_state_dict(layers[1], options=StateDictOptions(full_state_dict=True))
+
+
 def make_mismatched(rank: int, cases: tuple[Case, ...]) -> str:
     """The error of a layer that every rank was given another case for."""
     from lowering.errors import MoEErrorMixin

@@ -146,14 +146,14 @@ class ShardedFusedMoE(FusedMoE):
         return {name: value for name, value in self.state_dict(keep_vars=True).items() if name != _EXTRA}
 
     def get_extra_state(self) -> Tensor:
-        """What `state_dict` says of the experts: [2 + E'] int64 on the CPU, the slice of the width, then their numbers.
+        """What `state_dict` says of the experts: the slice of their width, then their numbers, [N] int64 on the CPU.
 
         A tensor, so that safetensors and distributed checkpoints take it.
         """
         return torch.tensor([*self._width, *self.owned_experts], dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Raise `MoECheckpointError` unless `state` [2 + E'], of any dtype, is of the experts that this layer holds."""
+        """Raise `MoECheckpointError` unless `state`, [N] of any dtype, is of the experts that this layer holds."""
         own, given = self.get_extra_state(), state.detach()
         # Whoever casts a whole state_dict casts this, too; on the meta device there is nothing to compare.
         if given.is_meta or torch.equal(own.to(given.dtype), given.cpu()):

@@ -485,6 +485,15 @@ def test_the_state_of_one_placement_is_not_for_another(pair):
             assert f"expected the state of experts {[*owned[source]]}" in message and not changed
 
 
+def test_states_go_through_fsdp_and_distributed_checkpoints(pair, tmp_path):
+    case = Case(SPECS["qwen3"], ())
+    for told in pair.run(rank_cases.store_sharded, case, 2, str(tmp_path)):
+        assert told.pop("_extra_state").tolist() == [0, 6, *range(8)]
+        wanted = case.whole_layer().state_dict()
+        assert told.keys() == wanted.keys()
+        assert_bitwise(told, wanted, wanted)
+
+
 def test_new_layers_agree_on_what_is_replicated(ranks):
     spec = SPECS["deepseek_v3"]
     for options in ((), SPLITS["width"]):
