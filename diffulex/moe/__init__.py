@@ -32,6 +32,7 @@ _HOMES = {
         "SharedExpertMLP",
         "TPFusedMoE",
         "build_moe_block",
+        "expert_parameter_names",
         "get_moe_spec",
     ),
     "metadata": ("DispatchMetadata", "DispatcherStage", "ExpertExecutionMetadata", "RouterMetadata"),

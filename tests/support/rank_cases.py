@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from diffulex.distributed import ExpertLoad, ParallelConfig
-from diffulex.moe import EPFusedMoE, MoESpec, NaiveFusedMoE, TPFusedMoE
+from diffulex.moe import EPFusedMoE, MoESpec, NaiveFusedMoE, TPFusedMoE, expert_parameter_names
 from diffulex.moe.dispatcher import static_dispatcher
 from lowering.errors import MoEUnsupportedError
 from lowering.state import batch_invariant
@@ -224,6 +224,29 @@ def run_compiled(
             else:
                 results.append([{"out": which(hidden_TH)[0]} for which in (compiled, layer)])
     return {"graphs": len(graphs), "results": results, "stage": layer.dispatcher.stage.name}
+
+
+def run_without_history(rank: int, case: Case, size: int) -> list[list[Tensor | None]]:
+    """Gradients of this rank's hidden states and experts: once all ask for them, once only ranks with tokens do."""
+    layer, found = make_sharded(case, size), []
+    for everywhere in (True, False):
+        hidden_TH, *routing = (case.part(tensor, rank).clone() for tensor in case.all_inputs())
+        layer.zero_grad()
+        layer.run_experts(
+            hidden_TH.requires_grad_(everywhere or len(hidden_TH) > 0), *routing
+        ).square().sum().backward()
+        found.append([hidden_TH.grad, layer.w13.grad.clone(), layer.w2.grad.clone()])
+    return found
+
+
+def run_data_parallel(rank: int, case: Case, size: int) -> dict[str, Tensor]:
+    """Gradients on this rank under DistributedDataParallel, which averages those of ranks and leaves experts out."""
+    layer, ddp = make_sharded(case, size), torch.nn.parallel.DistributedDataParallel
+    model = torch.nn.Sequential(layer)  # it leaves out no parameter of the outermost module
+    ddp._set_params_and_buffers_to_ignore_for_model(model, expert_parameter_names(model))
+    model = ddp(model)
+    model(case.part(case.all_inputs()[0], rank))[0].square().sum().backward()
+    return {name: tensor.grad for name, tensor in layer.named_parameters()}
 
 
 class Stack(torch.nn.Module):

@@ -11,6 +11,7 @@ from .base import FusedMoE
 from .ep_impl import EPFusedMoE
 from .gate import RouterGate
 from .naive_impl import NaiveFusedMoE
+from .sharded import expert_parameter_names
 from .shared import SharedExpertMLP
 from .spec import GEMM_IMPLS, MoESpec, get_moe_spec
 from .tp_impl import TPFusedMoE
@@ -28,6 +29,7 @@ __all__ = [
     "SharedExpertMLP",
     "TPFusedMoE",
     "build_moe_block",
+    "expert_parameter_names",
     "get_moe_spec",
 ]
 

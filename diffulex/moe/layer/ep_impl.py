@@ -20,6 +20,21 @@ if TYPE_CHECKING:
     from ..dispatcher.static_dispatcher import StaticDispatcher
 
 
+class _TakesPart(torch.autograd.Function):
+    """Hidden states that ask for gradients because the experts do.
+
+    The way back is an exchange that all ranks make or none, and a rank without tokens has hidden states of no history.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TH: Tensor, asks: Tensor) -> Tensor:
+        return hidden_TH.view_as(hidden_TH)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[None, None]:
+        return None, None
+
+
 class EPFusedMoE(ShardedFusedMoE):
     """Every rank calls the layer with its own tokens, any number of them, and gets their results.
 
@@ -53,14 +68,18 @@ class EPFusedMoE(ShardedFusedMoE):
         Raises `MoEUnsupportedError` where experts that have copies are to be trained.
         """
         held = (self.w13, self.w2, self.b13, self.b2)
-        if self._copies and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in held):
+        asks = next((t for t in held if t is not None and t.requires_grad), None) if torch.is_grad_enabled() else None
+        if self._copies and asks is not None:
             raise MoEUnsupportedError.of(
                 type(self).__name__,
                 expected="no gradients of experts that are on several ranks",
                 got=f"copies of the experts {list(self._copies)[:8]}",
                 hint="Call it under torch.no_grad(), or train with a placement without replicas.",
             )
-        return self._run_placed(hidden_TH.to(self.w13.dtype), weights_TK, ids_TK)
+        hidden_TH = hidden_TH.to(self.w13.dtype)
+        if asks is not None and not hidden_TH.requires_grad:
+            hidden_TH = _TakesPart.apply(hidden_TH, asks)
+        return self._run_placed(hidden_TH, weights_TK, ids_TK)
 
     def _run_weighted(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:
         if self.parallel.chunks > 1 and not torch.is_grad_enabled():

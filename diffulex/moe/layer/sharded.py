@@ -25,12 +25,23 @@ EXPERT_PARAMS = ("w13", "w2", "b13", "b2")
 _EXTRA = "_extra_state"  # the name that torch gives it
 
 
+def expert_parameter_names(model: torch.nn.Module) -> list[str]:
+    """The parameters of a model that each rank holds for itself, those of its experts, under their names in the model.
+
+    What gives one rank's parameters to all, or averages their gradients, has to leave these out.
+    """
+    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, ShardedFusedMoE)]
+    own = [(path, name) for path, layer in layers for name in EXPERT_PARAMS if getattr(layer, name) is not None]
+    return [f"{path}.{name}" if path else name for path, name in own]
+
+
 class ShardedFusedMoE(FusedMoE):
     """A layer whose experts lie on several ranks, and all else on each; made by all ranks of the group together.
 
     Making it compares the ranks' specs and options (`MoEParallelError` names what differs, and the ranks), and gives
     every rank the first one's replicated parameters. Each rank draws its own experts: seed the ranks differently, or
-    load a checkpoint. Gradients of replicated parameters are those of the rank's tokens.
+    load a checkpoint. Gradients of replicated parameters are those of the rank's tokens, those of experts the sums over
+    the tokens of all ranks: see `expert_parameter_names`.
 
     With replicas in `parallel.placement` a layer is for inference: the gradients of copies would have to be added up.
 

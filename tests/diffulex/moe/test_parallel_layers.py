@@ -374,6 +374,31 @@ def test_copies_of_new_experts_are_alike(ranks):
             assert 0.9 * 32**-0.5 < row.abs().max() <= 32**-0.5 and row.unique().numel() > 0.9 * row.numel()
 
 
+@pytest.mark.parametrize("how", ["naive", "static", "sums"])
+def test_a_rank_without_tokens_needs_no_history(pair, how):
+    """Nobody gives it hidden states that ask for gradients, and the others' take the way back through it."""
+    with_tokens, without = pair.run(
+        rank_cases.run_without_history, Case(SPECS["qwen3"], (5, 0), torch.float64, EXCHANGES[how]), 2
+    )
+    assert all(torch.equal(found, wanted) for wanted, found in zip(*with_tokens, strict=True))
+    assert without[1][0] is None and all(
+        torch.equal(a, b) for a, b in zip(*(part[1:] for part in without), strict=True)
+    )
+
+
+def test_data_parallel_training_leaves_experts_to_their_ranks(pair):
+    """Gradients of what all ranks have are means over the ranks, those of experts sums over all tokens."""
+    case = Case(SPECS["qwen3"], (5, 3), torch.float64, EXCHANGES["naive"])
+    whole = case.whole_layer()
+    whole(case.all_inputs()[0])[0].square().sum().backward()
+    wanted = {name: tensor.grad for name, tensor in whole.named_parameters()}
+    for rank, found in enumerate(pair.run(rank_cases.run_data_parallel, case, 2)):
+        owned = list(owned_by(case, 2).owned[rank])
+        assert found.keys() == wanted.keys()
+        for name, grad in found.items():
+            assert_near_exact(grad, wanted[name][owned] if name in OF_EXPERTS else wanted[name] / 2, what=name)
+
+
 STEPS = ((0, 1), (1, 0), (5, 9), (9, 2), (3, 0))
 
 
