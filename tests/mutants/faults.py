@@ -488,6 +488,14 @@ FAULTS = (
         "without_tokens",
     ),
     Fault(
+        "compiled ranks without tokens exchange in an order of their own",
+        "lowering/graph/order_pass.py",
+        '            node.kwargs = node.kwargs | {"follows": ahead[returns]}\n',
+        "            pass\n",
+        (f"{PARALLEL}/test_naive_code.py",),
+        "keep_their_order",
+    ),
+    Fault(
         "gradients of what all ranks have are not added up",
         "diffulex/distributed/collectives.py",
         "        return sum_of_ranks(grad, ctx.group), None\n",
