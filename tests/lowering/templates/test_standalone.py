@@ -3,7 +3,12 @@
 import ast
 import contextlib
 import dataclasses
+import os
 import re
+import shutil
+import subprocess
+import sys
+import threading
 import types
 
 import jinja2
@@ -92,6 +97,73 @@ def test_the_source_of_a_kernel_lies_in_a_private_folder():
     assert path.stat().st_mode & 0o077 == 0
     assert rendered().source in [file.read_text() for file in path.glob("_moe_x_kernel_*.py")]
     assert function.__name__ == "_moe_x_kernel"
+
+
+def test_threads_that_ask_at_once_get_one_function():
+    """None reads a source that another one is writing, and none compiles a kernel a second time."""
+    barrier, found = threading.Barrier(4), []
+
+    def ask(kernel):
+        barrier.wait()
+        function = standalone._jit_function(kernel)
+        found.append((function, "tl.store" in function.src))
+
+    for block in range(30):
+        kernel = rendered(constants={"BLOCK": 8, "FACTOR": block + 0.5})
+        threads = [threading.Thread(target=ask, args=(kernel,)) for _ in range(4)]
+        found.clear()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 4
+        assert all(whole for _, whole in found)
+        assert len({id(function) for function, _ in found}) == 1
+
+
+FORKED = """
+import os, sys
+from lowering.templates import standalone
+
+def made(factor):
+    text = '{{def_kernel("X")}}\\n    {{store_output(("0",), "FACTOR")}}'
+    kernel = standalone.render(text, "moe_x", constants=(("FACTOR", factor),), output_rank=1)
+    return standalone._jit_function(kernel)
+
+made(1.0)
+folder = standalone._source_folder()
+child = os.fork()
+if not child:
+    made(2.0)
+    assert standalone._source_folder() != folder
+    sys.exit()
+assert os.waitpid(child, 0)[1] == 0
+assert folder.is_dir() and standalone._source_folder() == folder
+made(3.0)
+print(folder)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_that_ends_leaves_the_sources_of_its_parent(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", FORKED],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(str(tmp_path))
+    assert not list(tmp_path.glob("diffulex-kernels-*")), "each process removes its own"
+
+
+def test_a_folder_that_was_removed_is_made_again():
+    folder = standalone._source_folder()
+    shutil.rmtree(folder)
+    function = standalone._jit_function(rendered(constants={"BLOCK": 32, "FACTOR": 3.0}))
+    assert "tl.store" in function.src
+    assert standalone._source_folder() != folder
 
 
 # Compiled for sm_90
