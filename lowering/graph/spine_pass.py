@@ -104,7 +104,9 @@ class _Slots:
 
     def past_casts(self, node: Node) -> Node:
         """The last of the casts between floats that follow the node in the forward, or the node itself."""
-        while cast_source(user := self.next_user(node)) is node and is_rounding(node, user):
+        while cast_source(user := self.next_user(node)) is node:
+            dtypes = f"{tensor_of(node).dtype} to {tensor_of(user).dtype}"
+            require(is_rounding(node, user), f"rows are cast from {dtypes}", code=ReasonCode.DTYPE)
             node = user
         return node
 

@@ -168,6 +168,22 @@ def _separate_gate(self: Spine, rows: Tensor) -> Tensor:
     return functional.silu(gate) * rows[:, : FORM.width]
 
 
+def _through(*dtypes: torch.dtype) -> Callable[..., Tensor]:
+    """A step that casts rows to one dtype after the other."""
+
+    def cast(self: Spine, rows: Tensor) -> Tensor:
+        for dtype in dtypes:
+            rows = rows.to(dtype)
+        return rows
+
+    return cast
+
+
+def _bits(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bits of a tensor in fp16, read as another dtype of their size; in fp32."""
+    return tensor.half().view(dtype).float()
+
+
 def _other_perm(self: Spine) -> Tensor:
     return torch.sort(self.given.other_TK.reshape(-1))[1]
 
@@ -202,6 +218,9 @@ MATCHED: dict[str, Spine] = {
     "sorted_ids_returned": changed(result=lambda self, total: (total, self.ids)),
     "offsets_returned": changed(result=lambda self, total: (total, self.offsets)),
     "sum_read_twice": changed(result=lambda self, total: total * torch.sigmoid(total)),
+    "bits_of_weights": changed(
+        scale=lambda self: _bits(self.given.weights_TK, torch.bfloat16).reshape(-1)[self.perm].unsqueeze(-1)
+    ),
     "sum_over_list": changed(total=lambda self, slots: torch.sum(slots, (1,))),
 }
 
@@ -211,6 +230,8 @@ _WEIGHTS = (_SHAPE, "not one number per slot")
 _SUM = (_STRUCTURE, "not to a sum over K")
 _SHARED = (ReasonCode.SHARED_USE, "2 users")
 _AFTER_DOWN = (_STRUCTURE, "not to a product")
+_TO_FLOAT8 = (_DTYPE, "rows are cast from torch.float32 to torch.float8_e4m3fn")
+_TO_INT32 = (_DTYPE, "rows are cast from torch.float32 to torch.int32")
 
 # What the pass must leave alone, the code of its reason and a part of the detail. Each but the last group would give
 # other values if it were rewritten.
@@ -420,6 +441,35 @@ REFUSED: dict[str, tuple[Spine, ReasonCode, str]] = {
     "product_masked_by_value": (
         changed(after_product=lambda self, rows: _drop_greater(rows)),
         *_SHARED,
+    ),
+    # casts that change values
+    "down_to_float8": (changed(after_down=_through(torch.float8_e4m3fn, torch.float32)), *_TO_FLOAT8),
+    "down_to_integers": (changed(after_down=_through(torch.int32)), *_TO_INT32),
+    "down_to_integers_and_back": (changed(after_down=_through(torch.int32, torch.float32)), *_TO_INT32),
+    "product_to_float8": (changed(after_product=_through(torch.float8_e5m2, torch.float32)), _DTYPE, "float8_e5m2"),
+    "product_to_integers": (changed(after_product=_through(torch.int32, torch.float32)), *_TO_INT32),
+    "slots_to_float8": (
+        changed(view=lambda self, rows: _through(torch.float8_e4m3fn, torch.float32)(self, Spine.view(self, rows))),
+        *_TO_FLOAT8,
+    ),
+    "slots_to_integers": (
+        changed(view=lambda self, rows: _through(torch.int32)(self, Spine.view(self, rows))),
+        *_TO_INT32,
+    ),
+    "slots_to_bool": (
+        changed(view=lambda self, rows: _through(torch.bool)(self, Spine.view(self, rows))),
+        _DTYPE,
+        "torch.float32 to torch.bool",
+    ),
+    "bits_of_rows": (
+        changed(gather=lambda self, hidden: _bits(hidden[self.perm // K], torch.bfloat16)),
+        _STRUCTURE,
+        "reads aten.view.dtype, not gathered rows",
+    ),
+    "bits_of_slots": (
+        changed(view=lambda self, rows: _bits(Spine.view(self, rows), torch.bfloat16)),
+        _STRUCTURE,
+        "slots go to aten.view.dtype",
     ),
     # back to slot order
     "slots_in_expert_order": (changed(to_slots=lambda self, rows: rows), _STRUCTURE, "not back to slot order"),
