@@ -1,5 +1,9 @@
 """The switches and code that never reads them: a grouped-GEMM spine in a model's own code."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -62,3 +66,37 @@ def test_through_inductor():
     again, _, decisions = rewritten()
     assert decisions == []
     assert torch.equal(again, ours)
+
+
+STORED = """
+import torch, diffulex
+import torch._dynamo.config
+from torch._dynamo.precompile_context import PrecompileContext
+from torch._dynamo.utils import counters
+
+def double(x):
+    return x * 2 + 1
+
+x = torch.arange(4.0)
+with torch._dynamo.config.patch(caching_precompile=True):
+    assert torch.equal(torch.compile(double)(x), double(x))
+    PrecompileContext.save_to_dynamo_cache()
+print(dict(counters["dynamo_cache"]))
+"""
+
+
+@pytest.mark.slow
+def test_a_graph_that_was_stored_is_found_by_the_next_process(tmp_path):
+    """Its guards read the switches, whose module the stored entry has to name."""
+    found = []
+    for _ in range(2):
+        run = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", STORED],
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        found.append(run.stdout.strip())
+    assert found == ["{'dynamo_cache_miss': 1}", "{'dynamo_cache_hit': 1}"]
