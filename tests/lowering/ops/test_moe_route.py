@@ -678,3 +678,17 @@ def test_tiles_that_do_not_depend_on_the_number_of_tokens(monkeypatch):
         for tokens in (1, 64, 5000):
             launched(torch.randn(tokens, 8), None, None, 2)
     assert asked == [1, 16, 64, 16, 16, 16]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("given_too", [False, True], ids=["", "given"])
+@pytest.mark.parametrize("name", [*SPECS, *OPTIONS])
+def test_opcheck_of_column_major_logits(name, given_too, device):
+    """What the op returns has rows one after the other, whatever the strides of what it reads: so says its fake."""
+    spec = (SPECS | OPTIONS)[name]
+    logits = values("normal", (EXPERTS + spec.n_shared, 6), 6, torch.float32).to(device).t()
+    bias, scale = (torch.linspace(0.5, 1, EXPERTS, device=device) for _ in range(2))
+    ids = given_ids(6, spec.top_k, EXPERTS).to(device).t().contiguous().t() if given_too else None
+    assert all(out.is_contiguous() for out in moe_route(logits, bias, ids, *spec.op_args(), scale))
+    args = (logits, bias, ids, *spec.op_args(), scale)
+    assert torch.library.opcheck(moe_route, args, test_utils=UTILITIES) == dict.fromkeys(UTILITIES, "SUCCESS")
