@@ -123,8 +123,8 @@ def _rebuild(stock: type[nn.Module], form: type[Adapted], options: Hashable, tra
 
 def watched(module: nn.Module) -> bool:
     """Whether calls of a module do more than its class says: hooks, or a forward of its own."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooked) or "forward" in module.__dict__
 
 
 Sample = Callable[[Any, torch.Generator], tuple[Tensor, ...]]

@@ -56,7 +56,7 @@ def linears(module: nn.Module) -> Iterator[Candidate | Reason]:
     if isinstance(shape, Reason):
         yield shape
         return
-    options = StackedOptions("", shape)
+    options = StackedOptions("", type(list_of_experts(module)[0]), shape)
     reads, probe = tuple(name for name, _ in module.named_children()), functools.partial(each_expert, options=options)
     for form, sample in ((ListedExperts, _listed), (MaskedExperts, _masked)):
         sampled = functools.partial(sample, hidden=shape.hidden)

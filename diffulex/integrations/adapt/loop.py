@@ -141,9 +141,9 @@ def loop(module: nn.Module) -> Iterator[Candidate | Reason]:
     guesses = list(_guesses(module, gate))
     if not guesses:
         yield Reason(ReasonCode.STRUCTURE, f"no number of experts for each token among {', '.join(_TOP_K)}")
-    sample = functools.partial(_sample, hidden=shape.hidden)
+    kind, sample = type(list_of_experts(experts)[0]), functools.partial(_sample, hidden=shape.hidden)
     for extra in guesses:
-        options = StackedOptions("experts", shape, extra)
+        options = StackedOptions("experts", kind, shape, extra)
         reads = tuple(name for name in ("experts", gate, extra.shared, extra.shared_gate) if name)
         probe = functools.partial(each_expert, options=options)
         yield Candidate(LoopBlock, sample, options, reads, probe=probe)

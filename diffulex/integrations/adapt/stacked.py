@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,29 +21,41 @@ Rows = list[list[nn.Linear]]
 
 @dataclasses.dataclass(frozen=True)
 class StackedOptions:
-    """at: name of the list of experts, empty for the module itself; shape: how an expert computes."""
+    """at: name of the list of experts, empty for the module itself; kind: their class; shape: how one computes."""
 
     at: str
+    kind: type[nn.Module]
     shape: ExpertShape
     extra: Any = None
+
+
+class _Hung(NamedTuple):
+    """A Linear, where it and its parameters hang, and the addresses of their values, 0 for a bias that is not there."""
+
+    modules: dict[str, Any]
+    name: str
+    linear: nn.Linear
+    parameters: dict[str, Any]
+    weight: nn.Parameter
+    weight_at: int
+    bias: nn.Parameter | None
+    bias_at: int
 
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
     """What was there when parameters became views: a look at it is much shorter than at what is there now.
 
-    parts      the experts and all modules in them
-    linears    each with where it hangs
-    values     their parameters, those of an expert one after the other
-    addresses  where each of them hangs, and the address of its values
-    wholes     the tensors [E, ...] of any dtype
+    parts    the experts and all modules in them
+    linears  those of an expert one after the other
+    values   their parameters
+    wholes   the tensors [E, ...] of any dtype
     """
 
     experts: list[nn.Module]
     parts: list[nn.Module]
-    linears: list[tuple[dict[str, Any], str, nn.Linear]]
+    linears: list[_Hung]
     values: list[nn.Parameter]
-    addresses: list[tuple[dict[str, Any], str, int]]
     wholes: dict[str, Tensor | None]
 
 
@@ -53,10 +65,15 @@ class _Joined(torch.autograd.Function):
     Nothing is copied: the parameters are views of it.
     """
 
+    generate_vmap_rule = True  # forward without a context, and this: as the transforms of torch.func want it
+
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, sizes: list[int], *parts: Tensor) -> Tensor:
-        ctx.sizes = sizes
+    def forward(whole: Tensor, sizes: list[int], *parts: Tensor) -> Tensor:
         return whole.view_as(whole)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.sizes = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -118,34 +135,37 @@ class StackedExperts(Adapted):
         """Remember what is there, for `_as_seen`."""
         experts, shape = self.experts_list(), self.options.shape
         parts = [part for expert in experts for part in expert.modules()]
-        found: Any = [(e._modules, name, e._modules[name]) for e in experts for name in (*shape.ups, shape.down)]
-        held = [
-            (linear._parameters, kind, parameter)
-            for _, _, linear in found
-            for kind, parameter in linear._parameters.items()
-            if parameter is not None
-        ]
-        values = [parameter for _, _, parameter in held]
+        linears: Any = [(e._modules, name, e._modules[name]) for e in experts for name in (*shape.ups, shape.down)]
+        values = [value for *_, linear in linears for value in (linear.weight, linear.bias) if value is not None]
         if any(isinstance(value, FakeTensor) for value in values):  # has no address
             return
-        addresses = [(parameters, kind, value.data_ptr()) for parameters, kind, value in held]
+        hung = [
+            _Hung(modules, name, linear, linear._parameters, weight, weight.data_ptr(), bias, _at(bias))
+            for modules, name, linear in linears
+            for weight, bias in ((linear.weight, linear.bias),)
+        ]
         wholes = {name: buffer for name, buffer in self._buffers.items() if name.startswith(PREFIX)}
-        setattr(self, _SEEN, _Seen(experts, parts, found, values, addresses, wholes))
+        setattr(self, _SEEN, _Seen(experts, parts, hung, values, wholes))
 
     def _as_seen(self) -> bool:
         """Whether everything is as when the parameters became views."""
         seen: _Seen | None = vars(self).get(_SEEN)
         if seen is None or not _identical(self.experts_list(), seen.experts):
             return False
-        if any(watched(part) for part in seen.parts):
+        kind = self.options.kind
+        if any(type(expert) is not kind for expert in seen.experts) or any(watched(part) for part in seen.parts):
             return False
-        if any(modules.get(name) is not linear for modules, name, linear in seen.linears):
-            return False
-        if any(
-            parameters.get(kind) is not value or value.data_ptr() != address
-            for value, (parameters, kind, address) in zip(seen.values, seen.addresses, strict=True)
-        ):
-            return False
+        for modules, name, linear, parameters, weight, weight_at, bias, bias_at in seen.linears:
+            # most of what an eager call asks, so that it is asked without further calls
+            if (
+                modules.get(name) is not linear
+                or type(linear) is not nn.Linear
+                or parameters.get("weight") is not weight
+                or parameters.get("bias") is not bias
+                or weight.data_ptr() != weight_at
+                or (bias is not None and bias.data_ptr() != bias_at)
+            ):
+                return False
         return all(whole is not None and self._buffers.get(name) is whole for name, whole in seen.wholes.items())
 
     def restore(self) -> None:
@@ -196,6 +216,8 @@ class StackedExperts(Adapted):
         """
         if self._as_seen():
             return "whole"
+        if any(type(expert) is not self.options.kind for expert in self.experts_list()):
+            return "own"
         facts: dict[tuple[str, str], set[Any]] = {}
         for name, rows in self.banks().items():
             for linear in (linear for row in rows for linear in row):
@@ -268,6 +290,10 @@ class StackedExperts(Adapted):
 
 def _key(name: str, kind: str) -> str:
     return f"{PREFIX}{name}" if kind == "weight" else f"{PREFIX}{name}_bias"
+
+
+def _at(value: Tensor | None) -> int:
+    return 0 if value is None else value.data_ptr()
 
 
 def _identical(left: list[nn.Module], right: list[nn.Module]) -> bool:

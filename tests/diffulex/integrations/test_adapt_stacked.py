@@ -137,7 +137,21 @@ def test_gradients_are_those_of_the_parameters():
         assert mine.grad.is_contiguous()
 
 
+class Doubled(nn.Linear):
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+class Residual(Mlp):
+    def forward(self, hidden):
+        return hidden + super().forward(hidden)
+
+
 WRAPPED = {
+    "a Linear's class": lambda module: setattr(module[1].up_proj, "__class__", Doubled),
+    "an expert's class": lambda module: setattr(module[1], "__class__", Residual),
+    "another expert's class": lambda module: module.__setitem__(1, Residual(bias=True)),
+    "without a bias": lambda module: setattr(module[1].down_proj, "bias", None),
     "a Linear": lambda module: setattr(module[0], "up_proj", nn.Sequential(module[0].up_proj, nn.ReLU())),
     "an expert": lambda module: module.__setitem__(0, nn.Sequential(module[0], nn.ReLU())),
     "half of a dtype": lambda module: (
@@ -156,6 +170,7 @@ def test_experts_wrapped_afterwards_run_their_own_code(kind):
     experts, stock = pair()
     with torch.no_grad():
         for module in (experts, stock):
+            torch.manual_seed(2)
             WRAPPED[kind](module)
     args = inputs()
     with torch.no_grad(), CountOps() as seen:
@@ -171,6 +186,54 @@ def test_experts_wrapped_afterwards_run_their_own_code(kind):
         for mine, own in zip(module.parameters(), stock.parameters(), strict=True):
             assert torch.equal(mine, own)
         assert type(module) is ListedExperts and not list(module.buffers())
+
+
+def biased(linear):
+    linear.bias = nn.Parameter(torch.randn(linear.out_features))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", ["up_proj", "down_proj"])
+def test_biases_given_later_are_seen(name, grad):
+    """One runs the module's own code; where every expert has one the ops take them."""
+    block, hidden = LoopBlock(), torch.randn(2, 9, 32)
+    stock = copy.deepcopy(block)
+    diffulex.adapt(block)
+    for number, state in ((2, "own"), (None, "apart")):
+        for module in (block, stock):
+            torch.manual_seed(2)
+            for expert in module.experts if number is None else [module.experts[number]]:
+                for linear in [expert.gate_proj, expert.up_proj] if name == "up_proj" else [expert.down_proj]:
+                    biased(linear)
+        assert block.state() == state
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(block(hidden), stock(hidden))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_by_torch_func(frozen):
+    """Of what the block reads, and of all parameters."""
+    block, hidden = LoopBlock().double(), torch.randn(2, 9, 32, dtype=torch.float64)
+    stock = copy.deepcopy(block)
+    diffulex.adapt(block)
+    for module in (block, stock):
+        module.requires_grad_(not frozen)
+    parameters = dict(stock.named_parameters())
+
+    def by(module):
+        def loss(hidden, parameters=None):
+            out = module(hidden) if parameters is None else torch.func.functional_call(module, parameters, (hidden,))
+            return out[0].square().sum()
+
+        both = torch.func.grad(loss, (0, 1))(hidden, parameters)
+        return torch.func.grad(loss)(hidden), torch.func.jacrev(torch.func.grad(loss))(hidden), both
+
+    for ours, wanted in zip(by(block), by(stock), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+    many = torch.func.vmap(torch.func.grad(lambda hidden: block(hidden)[0].square().sum()))
+    both = torch.stack([hidden, 2 * hidden])
+    wanted = torch.stack([torch.func.grad(lambda hidden: stock(hidden)[0].square().sum())(each) for each in both])
+    torch.testing.assert_close(many(both), wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_copies_are_adapted_and_apart():
