@@ -1,6 +1,7 @@
 """Swapping one module: its class is replaced, what it returns compared with what it was, and put back if they differ.
 
-Compared on random inputs of usual size and of a size at which clamps and caps show, and in training its gradients too.
+Compared on random inputs of usual size and of a size at which clamps and caps show, on a crowd of equal tokens, some of
+which a fixed capacity of experts would drop, and in training its gradients too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from .effects import Effects, quiet
 from .form import PREFIX, Adapted, Candidate, adapted_class, form_of, watched
 
 _LARGE = 64.0  # what hidden states are multiplied by, so that activations meet their clamps
+_CROWD = 272  # tokens; more than the capacities that code gives an expert, and few enough to be computed in no time
+_EQUAL = f"{_CROWD} equal tokens"
 _ROUNDING_OF_GRADIENTS = 8.0  # gradients of routers are differences of nearly equal numbers
 _WATCHED = "hooks wait for calls of modules in it that its form does without"
 
@@ -50,7 +53,8 @@ def try_swap(module: nn.Module, candidates: Iterable[Candidate]) -> tuple[Reason
             if problem is None:
                 adapted = True
                 return None, training
-            reason = reason or problem
+            if reason is None or _EQUAL in problem.detail:  # a guess that holds for few tokens says most
+                reason = problem
             if prepared is None and any(name.startswith(PREFIX) for name in module._buffers):
                 prepared = candidate
     finally:
@@ -125,14 +129,50 @@ def _check(module: nn.Module, candidate: Candidate) -> Reason | None:
         try:
             with Effects(module) as ours:
                 got = [candidate.run(module, inputs) for inputs in cases]
-            problem = difference(got[0], wanted[0])
-            if problem is None and _finite(wanted[1]):
-                problem = difference(got[1], wanted[1])
+                problem = difference(got[0], wanted[0])
+                if problem is None and _finite(wanted[1]):
+                    problem = difference(got[1], wanted[1])
+                many = candidate.run(module, _crowd(module, candidate)) if problem is None else None
             if problem is None and candidate.probe is not None:
                 problem = difference(candidate.probe(module, torch.Generator().manual_seed(2)), one_by_one)
         except FOREIGN as error:
             return Reason(ReasonCode.UNLIKE, f"the ops fail on a random input: {told(error)}")
-    return problem or _missing(own, ours)
+        return problem or _missing(own, ours) or _check_crowd(module, candidate, many)
+
+
+def _check_crowd(module: nn.Module, candidate: Candidate, ours: Any) -> Reason | None:
+    """Why the swapped module, which computes what it did for a few tokens, does not for many with the same experts."""
+    try:
+        with _stock(module), Effects(module):
+            wanted = candidate.run(module, _crowd(module, candidate))
+    except FOREIGN as error:
+        return Reason(ReasonCode.UNVERIFIED, f"its own forward fails on {_EQUAL}: {told(error)}")
+    return _in_crowd(difference(ours, wanted))
+
+
+def _in_crowd(problem: Reason | None) -> Reason | None:
+    if problem is None:
+        return None
+    return Reason(problem.code, f"with {_EQUAL}, some of which a fixed capacity drops: {problem.detail}")
+
+
+def _crowd(module: nn.Module, candidate: Candidate) -> tuple[Tensor, ...]:
+    """A sample with `_CROWD` tokens, each the first one of those in it.
+
+    What there is one number of for each token, such as its kind, is repeated: code may need every one of them.
+    """
+    inputs = _inputs(module, candidate, 1.0)
+    sizes = inputs[0].shape[:-1]
+    crowd = (*sizes[:-1], _CROWD // sizes[:-1].numel())
+
+    def many(value: Tensor) -> Tensor:
+        if value.shape == sizes:
+            return value.repeat(*(1 for _ in sizes[:-1]), -(-crowd[-1] // sizes[-1]))[..., : crowd[-1]]
+        if value.shape[: len(sizes)] == sizes:
+            return value[(0,) * len(sizes)].expand(*crowd, *value.shape[len(sizes) :]).clone()
+        return value[0].expand(_CROWD, *value.shape[1:]).clone()  # of tokens in one row, where hidden has [B, S]
+
+    return tuple(many(value) for value in inputs)
 
 
 def _missing(own: Effects, ours: Effects) -> Reason | None:
@@ -145,19 +185,19 @@ def _check_training(module: nn.Module, candidate: Candidate) -> Reason | None:
     with quiet(module, training=True):
         try:
             with _stock(module), Effects(module) as own:
-                wanted, wanted_grads, extra = _trained(module, candidate)
+                wanted, wanted_grads, wanted_many, extra = _trained(module, candidate)
         except FOREIGN as error:
             return Reason(ReasonCode.UNVERIFIED, f"its own code fails on a random input: {told(error)}")
     with quiet(module, training=True):
         try:
             with Effects(module) as ours:
-                got, grads, _ = _trained(module, candidate)
+                got, grads, many, _ = _trained(module, candidate)
         except FOREIGN as error:
             return Reason(ReasonCode.UNLIKE, f"the ops fail on a random input: {told(error)}")
     if extra:
         return Reason(ReasonCode.UNLIKE, "its own code adds to gradients, as auxiliary losses do")
     problem = difference((got, grads), (wanted, wanted_grads), slack=_ROUNDING_OF_GRADIENTS)
-    return problem or _missing(own, ours)
+    return problem or _in_crowd(difference(many, wanted_many)) or _missing(own, ours)
 
 
 @contextlib.contextmanager
@@ -171,8 +211,10 @@ def _stock(module: nn.Module) -> Iterator[None]:
             part.__class__ = kind
 
 
-def _trained(module: nn.Module, candidate: Candidate) -> tuple[Any, list[Tensor], bool]:
-    """Outputs, the gradients of what is given to the module, and whether there are any where outputs have none."""
+def _trained(module: nn.Module, candidate: Candidate) -> tuple[Any, list[Tensor], Any, bool]:
+    """Outputs, the gradients of what is given to the module, the outputs for a crowd, and whether there are gradients
+    where outputs have none.
+    """
     with torch.enable_grad():
         inputs = tuple(
             value.requires_grad_() if value.is_floating_point() else value for value in _inputs(module, candidate, 1.0)
@@ -188,7 +230,8 @@ def _trained(module: nn.Module, candidate: Candidate) -> tuple[Any, list[Tensor]
         grads = torch.autograd.grad(found, leaves, at, allow_unused=True)
     extra = any(grad is not None and bool(grad.any()) for grad in nothing)
     detached = pytree.tree_map_only(Tensor, Tensor.detach, outputs)
-    return detached, [grad for grad in grads if grad is not None and bool(grad.any())], extra
+    many = candidate.run(module, _crowd(module, candidate))
+    return detached, [grad for grad in grads if grad is not None and bool(grad.any())], many, extra
 
 
 def _inputs(module: nn.Module, candidate: Candidate, factor: float) -> tuple[Tensor, ...]:

@@ -312,6 +312,86 @@ def test_what_a_forward_sets_is_missed(how, what):
     assert not module.kept and not module.gate.seen.any()
 
 
+# capacities
+
+
+def kept_by_capacity(ids_TK, *, capacity):
+    """ids, but 6, which is no expert, where `capacity` earlier tokens have the same one."""
+    chosen_TKE = functional.one_hot(ids_TK, 6)
+    place_TK = (chosen_TKE.sum(1).cumsum(0).unsqueeze(1) * chosen_TKE).sum(-1)
+    return ids_TK.masked_fill(place_TK > capacity, 6)
+
+
+class CrowdedBlock(LoopBlock):
+    """Each expert takes its first 64 tokens alone."""
+
+    capacity, only_training = 64, False
+
+    def forward(self, hidden_states):
+        hidden_TH = hidden_states.view(-1, 32)
+        weights, ids = self.gate(hidden_TH).softmax(1, dtype=torch.float32).topk(self.top_k, dim=-1)
+        if self.training or not self.only_training:
+            ids = kept_by_capacity(ids, capacity=self.capacity)
+        return run_loop(self.experts, hidden_TH, ids, weights).view(hidden_states.shape)
+
+
+class CrowdedList(ListedExperts):
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return super().forward(hidden_states, kept_by_capacity(top_k_index, capacity=64), top_k_weights)
+
+
+class CrowdedPack(PackedExperts):
+    def forward(self, hidden_states, routing_weights, selected):
+        return super().forward(hidden_states, routing_weights, kept_by_capacity(selected, capacity=64))
+
+
+class CrowdedMask(nn.ModuleDict):
+    """Called with a mask, as Switch calls them."""
+
+    def __init__(self):
+        super().__init__({f"expert_{number}": Mlp() for number in range(6)})
+
+    def forward(self, hidden_states, selected_experts, routing_weights):
+        out_TH, mask_TE = torch.zeros_like(hidden_states), selected_experts.amax(1)
+        mask_TE = mask_TE * (mask_TE.cumsum(0) <= 64)
+        for number, expert in enumerate(self.values()):
+            token = torch.where(mask_TE[:, number] > 0)[0]
+            out_TH.index_add_(0, token, expert(hidden_states[token]) * routing_weights[token])
+        return out_TH
+
+
+@pytest.mark.parametrize("kind", [CrowdedBlock, CrowdedList, CrowdedPack, CrowdedMask])
+def test_a_capacity_that_few_tokens_do_not_reach(kind):
+    module = kind(renorm=False, pair=False) if kind is CrowdedBlock else kind()
+    assert_refused(module, ReasonCode.UNLIKE, "with 272 equal tokens, some of which a fixed capacity drops: ")
+
+
+def test_a_capacity_in_training_alone():
+    module = CrowdedBlock(renorm=False, pair=False)
+    module.only_training = True
+    layer = only(module)
+    assert layer.adapted and "some of which a fixed capacity drops" in layer.training.detail
+
+
+def test_a_capacity_that_no_check_reaches_is_none_for_the_crowd():
+    module = CrowdedBlock(renorm=False, pair=False)
+    module.capacity = 1000
+    layer = only(module)
+    assert layer.adapted and layer.training is None, str(layer)
+
+
+def test_a_forward_that_does_not_take_a_crowd():
+    class Few(LoopBlock):
+        def forward(self, hidden_states):
+            if hidden_states.shape[:-1].numel() > 100:
+                raise ValueError("too many tokens")
+            return super().forward(hidden_states)
+
+    assert_refused(
+        Few(), ReasonCode.UNVERIFIED, "its own forward fails on 272 equal tokens: ValueError: too many tokens"
+    )
+
+
 class Capped(Mlp):
     """Caps what only large inputs reach."""
 
