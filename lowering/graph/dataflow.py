@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
-from ..errors import Reason, ReasonCode
+from ..errors import MoEErrorMixin, Reason, ReasonCode
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -276,16 +276,28 @@ def place_of(node: Node) -> dict[str, Any]:
 def insert_call(graph: Graph, target: Any, *, args: tuple[Any, ...], like: Node) -> Node:
     """Insert a call at the graph's insertion point. Its place in the model (module, stack trace, forward or backward,
     recomputation) is copied from `like`; its fake value, shape and dtype included, is computed from those of `args`.
+
+    Raises `MatchError`, and inserts nothing, where an op of ours does not take them.
     """
+    value = _fake_result(target, args)
     node = graph.call_function(target, args)
     node.meta = place_of(like)
     if isinstance(target, OpOverload):
         node.meta["original_aten"] = target  # generated kernels are named after it
+    node.meta["val"] = value
+    return node
+
+
+def _fake_result(target: Any, args: tuple[Any, ...]) -> Any:
     fakes = map_arg(args, lambda arg: arg.meta["val"])
     mode = next((fake.fake_mode for fake in _leaves(fakes) if hasattr(fake, "fake_mode")), None)
-    with mode or nullcontext(), enable_python_dispatcher():
-        node.meta["val"] = target(*fakes)
-    return node
+    try:
+        with mode or nullcontext(), enable_python_dispatcher():
+            return target(*fakes)
+    except (ValueError, TypeError, RuntimeError) as error:
+        if not isinstance(error, MoEErrorMixin):
+            raise
+        raise MatchError(Reason(ReasonCode.OPTION, str(error))) from error
 
 
 def _leaves(values: Any) -> Iterator[Any]:

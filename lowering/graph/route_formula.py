@@ -237,8 +237,8 @@ def _divisor(numerator: Any, denominator: Any) -> _Divisor:
         denominator, divisor = given["self"], _Divisor(float(least), "clamp_min")
     elif is_op(denominator, aten.add.Tensor, aten.add.Scalar):
         added = constant(denominator.args[1])
-        if added is None or arguments(denominator)["alpha"] != 1:
-            refuse("what is added to the sum of the weights is not a constant", code=ReasonCode.OPTION)
+        if added is None or arguments(denominator)["alpha"] != 1 or not 0 <= added < math.inf:
+            refuse("what is added to the sum of the weights is no constant of at least 0", code=ReasonCode.OPTION)
         denominator, divisor = denominator.args[0], _Divisor(float(added))
     is_sum = is_row_reduction(denominator, numerator, aten.sum.dim_IntList)
     require(is_sum, "the weights are divided by something else than their sum over the chosen experts")

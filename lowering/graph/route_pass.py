@@ -153,7 +153,12 @@ def _rewrite(graph: Graph, formula: RouteFormula) -> Node:
         if bias is not None and tensor_of(bias).dim() == 2:
             bias = insert_call(graph, aten.reshape.default, args=(bias, [-1]), like=topk)
         args = (formula.logits, bias, None, *formula.spec.op_args())
-        route = insert_call(graph, moe.moe_route.default, args=args, like=topk)
+        try:
+            route = insert_call(graph, moe.moe_route.default, args=args, like=topk)
+        except MatchError:
+            if bias is not None and bias is not formula.bias:
+                graph.erase_node(bias)  # a refusal leaves the graph as it was
+            raise
         new_weights = insert_call(graph, operator.getitem, args=(route, 0), like=topk)
         new_weights = insert_cast(graph, new_weights, dtype=tensor_of(weights).dtype, like=topk)
         ids = insert_call(graph, operator.getitem, args=(route, 1), like=topk)

@@ -335,6 +335,16 @@ def renorm_with_tensor_eps(logits: Tensor, bias: Tensor) -> Routed:
     return weights / (weights.sum(-1, keepdim=True) + bias[:1]), ids
 
 
+def renorm_less_eps(logits: Tensor, bias: Tensor) -> Routed:
+    weights, ids = torch.topk(_softmax(logits), K)
+    return weights / (weights.sum(-1, keepdim=True) + -1e-3), ids
+
+
+def renorm_with_infinite_eps(logits: Tensor, bias: Tensor) -> Routed:
+    weights, ids = torch.topk(_softmax(logits), K)
+    return weights / (weights.sum(-1, keepdim=True) + float("inf")), ids
+
+
 def renorm_of_scaled(logits: Tensor, bias: Tensor) -> Routed:
     weights, ids = torch.topk(_softmax(logits), K)
     return (weights * 2) / weights.sum(-1, keepdim=True), ids
@@ -499,6 +509,8 @@ REFUSED: dict[Router, tuple[ReasonCode, str]] = {
     renorm_by_squares: (ReasonCode.STRUCTURE, "something else than their sum"),
     renorm_by_maximum: (ReasonCode.STRUCTURE, "something else than their sum"),
     renorm_with_tensor_eps: (ReasonCode.OPTION, "added to the sum"),
+    renorm_less_eps: (ReasonCode.OPTION, "added to the sum"),
+    renorm_with_infinite_eps: (ReasonCode.OPTION, "added to the sum"),
     renorm_of_scaled: (ReasonCode.STRUCTURE, "division of aten.mul.Tensor"),
     renorm_twice: (ReasonCode.OPTION, "normalised again"),
     scaled_per_slot: (ReasonCode.OPTION, "scaled by a tensor"),

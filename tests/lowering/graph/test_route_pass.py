@@ -126,6 +126,24 @@ def test_a_wrong_spec_would_be_seen(wrong, monkeypatch):
         assert_same_routing(router, MATCHED[router], args, graph(*args))
 
 
+def test_what_the_op_does_not_take_is_refused(monkeypatch):
+    """And the graph is as it was."""
+    read = route_module.match_formula
+
+    def misread(weights, topk):
+        formula = read(weights, topk)
+        return dataclasses.replace(formula, spec=dataclasses.replace(formula.spec, eps=-1.0))
+
+    def router(logits, bias):
+        return routers.sigmoid_bias(logits, bias.unsqueeze(0))
+
+    monkeypatch.setattr(route_module, "match_formula", misread)
+    args = inputs()
+    graph, record = routed(router, args)
+    assert record.reason.code is ReasonCode.OPTION and "got eps=-1.0" in record.reason.detail
+    assert str(graph.graph) == str(trace(block(router), *args).graph)
+
+
 def test_a_runtime_factor_stays_behind_the_op():
     """Under dynamic=True a float attribute of a module, such as routed_scaling_factor, is an input of the graph."""
     args, factor = inputs(), torch.tensor(2.5, dtype=torch.float64)
