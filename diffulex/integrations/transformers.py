@@ -56,12 +56,20 @@ def diffulex_experts_forward(
     return ops.moe_combine(slots_NH, top_k_weights_TK).to(hidden_states_TH.dtype)
 
 
+def _is_plain(experts: Any) -> bool:
+    """Whether no weight is of a subclass, as quantized ones are, that knows the stock products and none of the ops.
+
+    Asked as Dynamo can: `is_traceable_wrapper_subclass` it takes to be false of each of its tensors.
+    """
+    return not any(hasattr(type(weight), "__tensor_flatten__") for weight in experts.parameters(recurse=False))
+
+
 def _captured(stock: ExpertsForward) -> ExpertsForward:
     """The stock function in eager mode, on other devices and when switched off, the ops while a graph is captured."""
 
     @functools.wraps(stock)
     def forward(self: Any, hidden_TH: Tensor, top_k_index_TK: Tensor, top_k_weights_TK: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and is_enabled() and hidden_TH.device.type in DEVICES:
+        if torch.compiler.is_compiling() and is_enabled() and hidden_TH.device.type in DEVICES and _is_plain(self):
             return diffulex_experts_forward(self, hidden_TH, top_k_index_TK, top_k_weights_TK)
         return stock(self, hidden_TH, top_k_index_TK, top_k_weights_TK)
 

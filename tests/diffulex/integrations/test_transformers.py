@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import return_and_correct_aliasing
 
 import diffulex
 from diffulex.cli.accuracy import Oracle
@@ -298,6 +299,59 @@ def test_an_implementation_is_set_afterwards():
         after = logits(model)
     assert counted.calls["moe_combine"] == 1
     assert_oracle_ratio(after, before, oracle(logits, oracle.model))
+
+
+class Scaled(torch.Tensor):
+    """Integers with a scale for each row, which knows grouped GEMMs and no op of ours, as quantized weights do."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        options = {"dtype": scale.dtype, "device": values.device, "strides": values.stride()}
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, **options)
+
+    def __init__(self, values, scale):
+        self.values_ERD, self.scale_ER1 = values, scale
+
+    def __repr__(self):  # torch's reads the values, which a traced one has not
+        return f"Scaled({tuple(self.shape)})"
+
+    def __tensor_flatten__(self):
+        return ["values_ERD", "scale_ER1"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts, meta, size, stride):
+        return Scaled(parts["values_ERD"], parts["scale_ER1"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        first = args[0]
+        if function in (aten.detach.default, aten.alias.default):
+            parts = function(first.values_ERD), function(first.scale_ER1)
+            return return_and_correct_aliasing(function, args, kwargs or {}, Scaled(*parts))
+        if function is aten.transpose.int:
+            return Scaled(first.values_ERD.transpose(*args[1:]), first.scale_ER1.transpose(*args[1:]))
+        if function.namespace == "diffulex":
+            raise NotImplementedError(str(function))
+        plain = [a.values_ERD.to(a.scale_ER1.dtype) * a.scale_ER1 if isinstance(a, cls) else a for a in args]
+        return function(*plain, **(kwargs or {}))
+
+
+def scaled(weight):
+    scale = weight.abs().amax(-1, keepdim=True) / 127
+    return torch.nn.Parameter(Scaled((weight / scale).round().to(torch.int8), scale), requires_grad=False)
+
+
+def test_weights_of_a_subclass_keep_the_stock_function():
+    """In the graph their products are plain ones again, which the passes rewrite."""
+    block = build_model("qwen3_moe", ONE_LAYER, dtype=torch.bfloat16).model.layers[0].mlp
+    for name in ("gate_up_proj", "down_proj"):
+        setattr(block.experts, name, scaled(getattr(block.experts, name).data))
+    hidden = torch.randn(1, 16, TINY.hidden, generator=torch.Generator().manual_seed(0)).bfloat16()
+    graphs = Graphs(run_passes)
+    with torch.no_grad():
+        out, eager = graphs.compile(block)(hidden), block(hidden)
+    assert graphs.ops() == [[1, 1, 1, 1]]
+    assert (out - eager).norm() < 1e-2 * eager.norm()
 
 
 @pytest.mark.slow
