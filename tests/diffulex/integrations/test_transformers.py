@@ -236,7 +236,7 @@ def test_devices_without_kernels_keep_the_stock_function(device, ours, monkeypat
     monkeypatch.setattr(module_under_test, "diffulex_experts_forward", lambda *_args: "ours")
     forward = module_under_test._captured(lambda *_args: "stock")
     hidden = SimpleNamespace(device=torch.device(device))
-    assert forward(None, hidden, None, None) == ("ours" if ours else "stock")
+    assert forward(torch.nn.Module(), hidden, None, None) == ("ours" if ours else "stock")
 
 
 # The registry
