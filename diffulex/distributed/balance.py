@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from lowering.errors import MoERangeError
+from lowering.report import logger
 
 from .placement import ExpertPlacement
 
@@ -53,12 +54,12 @@ class PlacementPlan:
         return f"{float(most):.1f}" + (f" ({float(most / self.mean):.2f} x mean)" if self.mean else "")
 
     def __str__(self) -> str:
+        none_better = "no better was found" if any(self.before) else "every load is 0, nothing was counted"
         replicas, changed = self.placement.replicas, self.placement != _even(self.placement)
         lines = [
             f"load of a rank: mean {float(self.mean):.1f}, bound {float(self.bound):.1f}",
             f"  before: max {self._most(self.before)}",
-            f"  after:  max {self._most(self.after)}"
-            + ("" if changed else ", the even placement: no better was found"),
+            f"  after:  max {self._most(self.after)}" + ("" if changed else f", the even placement: {none_better}"),
             "replicas: " + ("" if replicas else "none"),
         ]
         lines += [f"  expert {expert} on ranks {_listed(ranks)}" for expert, ranks in replicas.items()]
@@ -70,6 +71,8 @@ class PlacementPlan:
 
 def plan_placement(load_E: Sequence[float], num_ranks: int, *, replicas: int = 0) -> PlacementPlan:
     """Spread experts over ranks by their loads, e.g. `ExpertLoad.snapshot()`, E finite numbers >= 0.
+
+    Where all are 0, as if nothing was counted, the even placement is kept, and a warning says so.
 
     replicas  rows of weights beyond one for each expert; they go one by one to the expert whose replicas have the
               largest share, on a rank each. Layers with replicas are for inference.
@@ -89,6 +92,8 @@ def plan_placement(load_E: Sequence[float], num_ranks: int, *, replicas: int = 0
     _check_counts(len(loads), num_ranks, replicas)
     even = ExpertPlacement.even(len(loads), num_ranks)
     even.check(len(loads), num_ranks)
+    if not any(loads):
+        logger.warning("plan_placement: every load is 0, so the even placement is kept: was anything counted?")
     counts = _replica_counts(loads, num_ranks, replicas)
     shares = [load / count for load, count in zip(loads, counts, strict=True)]
     order = sorted(range(len(loads)), key=lambda expert: (-shares[expert], expert))

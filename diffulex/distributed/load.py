@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lowering._checks import check_device, check_int
-from lowering.errors import MoERangeError
+from lowering.errors import MoEOptionError, MoERangeError
 
 from .collectives import total_of_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from torch.utils.hooks import RemovableHandle
 
     from ..moe.topk import TopKRouter
+
+
+@dataclasses.dataclass(eq=False)
+class Watching:
+    """What `ExpertLoad.watch` returns: ends it by `remove()`, or behind a `with` block."""
+
+    load: ExpertLoad
+    router: TopKRouter
+    removed: bool = False
+
+    def remove(self) -> None:
+        """Count no more, also in code that was compiled meanwhile; once is enough."""
+        if self.removed:
+            return
+        self.removed = True
+        watchers = list(self.router.watchers)
+        del watchers[[watcher is self.load for watcher in watchers].index(True)]
+        self.router.watchers = tuple(watchers)
+
+    def __enter__(self) -> Watching:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.remove()
 
 
 class ExpertLoad(nn.Module):
@@ -49,13 +73,22 @@ class ExpertLoad(nn.Module):
         # same in any order.
         self.counts_E.scatter_add_(0, ids_N.clamp(0, num_experts - 1).long(), known_N.long())
 
-    def watch(self, router: TopKRouter) -> RemovableHandle:
-        """Count what `layer.router` chooses from now on, until `remove()` of what this returns; ids [T, K] int32."""
+    def watch(self, router: TopKRouter) -> Watching:
+        """Count what `layer.router` chooses from now on, until `remove()` of what this returns; ids [T, K] int32.
 
-        def count(_module: nn.Module, _args: Any, chosen: Any) -> None:
-            self(chosen.ids)
-
-        return router.register_forward_hook(count)
+        Code that was compiled before counts as well: it is compiled once more at its next call, and once `removed` has
+        been called, what was compiled before runs again. Raises `MoEOptionError` for another module than such a router.
+        """
+        watchers = getattr(router, "watchers", None)
+        if not isinstance(watchers, tuple):
+            raise MoEOptionError.of(
+                "ExpertLoad",
+                expected="the router of a layer of diffulex.moe",
+                got=type(router).__name__,
+                hint="Count other routers' ids by calling this module with them, e.g. in a forward hook.",
+            )
+        router.watchers = (*watchers, self)
+        return Watching(self, router)
 
     def reset(self) -> None:
         """Count from zero again."""

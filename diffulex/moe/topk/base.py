@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,12 @@ class TopKRouter(nn.Module, ABC):
     correction_bias   [C] fp32, added for the choice; moved by the balancing rule of training, so without a gradient
     per_expert_scale  [C], factor on the weight of each expert
     global_scale      [1], factor on all weights
+
+    `watchers` are called with the ids of every choice, [T, K] int32, before any hook. Code that is compiled looks at
+    them, as it does not at hooks: it is compiled once more for another number of them. Copies have none.
     """
 
+    watchers: tuple[nn.Module, ...]  # not submodules: neither saved nor moved with the router
     correction_bias: Tensor | None
     per_expert_scale: Tensor | None
     global_scale: Tensor | None
@@ -40,6 +45,7 @@ class TopKRouter(nn.Module, ABC):
         self.spec = spec
         self.num_experts = num_experts
         self.num_candidates = num_experts + spec.num_null
+        self.watchers = ()
         owned = {
             "correction_bias": spec.select_bias,
             "per_expert_scale": spec.per_expert_scale,
@@ -82,11 +88,17 @@ class TopKRouter(nn.Module, ABC):
         weights_TK, ids_TK = self.choose(router_logits, ids)
         if self.global_scale is not None:
             weights_TK = weights_TK * self.global_scale.to(weights_TK.dtype)
+        for watcher in self.watchers:
+            watcher(ids_TK)
         return TopKOutput(weights_TK, ids_TK, router_logits)
 
     @abstractmethod
     def choose(self, logits_TE: Tensor, ids_TK: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights [T, K + n_shared] fp32 and ids of the same shape int32, for logits [T, E] and ids [T, K] int."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take: everything but who watches, who would count in a copy that nobody reads."""
+        return self.__dict__ | {"watchers": ()}
 
     def extra_repr(self) -> str:
         """The spec, for `print(model)`."""

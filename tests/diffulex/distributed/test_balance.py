@@ -103,10 +103,14 @@ def test_replicas_are_dealt_out_where_the_room_left_is_on_too_few_ranks():
     assert balance._dealt(copies, 2) == [[0, 2, 4], [1, 3, 4]]
 
 
-def test_equal_and_absent_loads_stay_where_they_are():
-    for load_E in ([3] * 6, [0] * 6):
-        plan = plan_placement(load_E, 3, replicas=2)
-        assert plan.placement == ExpertPlacement.even(6, 3) and "even placement: no better was found" in str(plan)
+@pytest.mark.parametrize(
+    ("load", "reason", "warned"), [(3, "no better was found", 0), (0, "every load is 0, nothing was counted", 1)]
+)
+def test_equal_and_absent_loads_stay_where_they_are(load, reason, warned, caplog):
+    plan = plan_placement([load] * 6, 3, replicas=2)
+    assert plan.placement == ExpertPlacement.even(6, 3) and f"even placement: {reason}" in str(plan)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warned
+    assert ("was anything counted?" in caplog.text) == bool(warned)
 
 
 def test_the_report_names_loads_and_replicas():

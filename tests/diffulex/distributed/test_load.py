@@ -1,6 +1,8 @@
 """Counters of experts' slots against a count on the host, also compiled, faked and in a CUDA graph."""
 
 import collections
+import copy
+import pickle
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffulex.distributed import ExpertLoad
-from lowering.errors import MoEDeviceError, MoEDtypeError, MoERangeError
+from lowering.errors import MoEDeviceError, MoEDtypeError, MoEOptionError, MoERangeError
 from tests.support.catalogue import raises_catalogue
 from tests.support.moe_layers import SPECS, make_layer
 
@@ -73,6 +75,64 @@ def test_compiled_code_counts_without_a_break(fresh_dynamo):
         assert "_dynamo_static_input_type" in counts.meta["tensor_dict"]
 
 
+def test_compiled_code_counts_from_then_until_removed(fresh_dynamo):
+    """Who watches what has served for long, one after the other and two at once; only their number makes new code."""
+    layer, graphs, calls = make_layer(SPECS["qwen2_moe"], "triton"), [], []
+    plain = make_layer(SPECS["qwen2_moe"], "triton")
+    plain.router.register_forward_hook(lambda _module, _args, chosen: calls.append(chosen.ids))
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(1) or graph)
+
+    def serve(*watching):
+        for load in watching:
+            load.reset()
+        calls.clear()
+        for tokens in (5, 9, 5):
+            hidden_TH = torch.randn(tokens, 8, generator=torch.Generator().manual_seed(tokens)).double()
+            with torch.no_grad():
+                compiled(hidden_TH), plain(hidden_TH)
+        assert all(load.snapshot() == counted(calls, 8) for load in watching)
+        return len(graphs)
+
+    unwatched = serve()
+    first, second = ExpertLoad(8), ExpertLoad(8)
+    watching = first.watch(layer.router)
+    once = serve(first)
+    assert once == unwatched + 1
+    with second.watch(layer.router):
+        assert serve(first, second) == once + 1
+        watching.remove()
+        watching.remove()
+        first.reset()
+        assert serve(second) == once + 1 and not any(first.snapshot())
+    second.reset()
+    assert serve() == once + 1 and not any(second.snapshot())
+
+
+def test_a_watched_router_is_copied_and_saved_as_any():
+    layer, load = make_layer(SPECS["qwen2_moe"], "triton"), ExpertLoad(8)
+    router, names = layer.router, [*layer.state_dict()]
+    plain = pickle.dumps(router)
+    with load.watch(router):
+        assert [*layer.state_dict()] == names and load not in [*layer.modules()]
+        assert pickle.dumps(router) == plain
+        for other in (copy.deepcopy(router), copy.copy(router), pickle.loads(plain)):
+            other(torch.randn(3, 8))
+        assert not any(load.snapshot())
+        router(torch.randn(3, 8))
+    assert sum(load.snapshot()) == 3 * layer.router.spec.top_k
+
+
+def test_the_same_counter_twice_counts_twice():
+    layer, load = make_layer(SPECS["qwen3"], "triton"), ExpertLoad(8)
+    first, second = load.watch(layer.router), load.watch(layer.router)
+    layer.router(torch.randn(3, 8))
+    first.remove()
+    layer.router(torch.randn(3, 8))
+    assert sum(load.snapshot()) == 3 * layer.router.spec.top_k * 3
+    second.remove()
+    assert layer.router.watchers == ()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_depends_on_what_the_ids_are(dtype):
     """Fake tensors have no values: a mask as an index or a read by the host would raise."""
@@ -93,6 +153,8 @@ def test_what_cannot_be_counted_is_refused():
         ExpertLoad(2)(torch.zeros(1, 1))
     with raises_catalogue(MoEDeviceError, where="ExpertLoad", got="meta"):
         ExpertLoad(2)(torch.zeros(1, 1, dtype=torch.int64, device="meta"))
+    with raises_catalogue(MoEOptionError, where="ExpertLoad", got="Linear"):
+        ExpertLoad(2).watch(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.gpu
