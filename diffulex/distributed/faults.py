@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 GRACE = 4.0  # seconds behind the timeout of a group, in which ranks that are left say so
 _POLL = 0.05
-_OF_EXCHANGES = re.compile(r"gloo|NCCL|ProcessGroup|connection|timed out|timeout", re.IGNORECASE)
+# The texts of gloo begin with its file and line; NCCL's have types of their own, which compiled code may not keep.
+_OF_GLOO = re.compile(r"\[[^\]\n]*\bgloo[/\\][^\]\n]*:\d+\]")
+_OF_NCCL = re.compile(r"\bNCCL error in: |Watchdog caught collective operation timeout")
 _failures: collections.Counter[str] = collections.Counter()  # by group
 
 
@@ -34,23 +36,24 @@ def naming_lost_ranks(group: ProcessGroup, *, where: str = "an exchange") -> Ite
 
     Layers have it around their forward pass outside of compiled code; put it around a compiled model, or a backward
     pass. It comes within the group's timeout and `GRACE` seconds of the beginning of the block, or of the failure where
-    that is later. The group cannot be used afterwards. With NCCL it can only help where NCCL's watchdog raises
+    that is later. Errors that neither gloo nor NCCL nor a store raised are left as they are. The group cannot be used
+    afterwards. With NCCL it can only help where NCCL's watchdog raises
     instead of ending the process.
     """
     began = time.monotonic()
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, MoEErrorMixin) or not _OF_EXCHANGES.search(str(error)):
+        text = str(error)
+        if isinstance(error, MoEErrorMixin) or not _is_of_exchange(error, text):
             raise
-        text = str(error).strip().partition("\n")[0]
         lost, unknown = _lost(group, max(time.monotonic(), began + timeout_of(group).total_seconds()) + GRACE)
         ranks = distributed.get_process_group_ranks(group)
         named = f"rank{'s'[: len(lost) > 1]} {', '.join(str(ranks[rank]) for rank in lost)}" if lost else "some rank"
         raise MoERankError.of(
             where,
             expected=f"the ranks {', '.join(map(str, ranks))}",
-            got=f"nothing from {named} ({text}{unknown})",
+            got=f"nothing from {named} ({text.strip().partition(chr(10))[0]}{unknown})",
             hint="It is gone or stuck, or left with an error of its own: see its output, and start the job again.",
         ) from error
 
@@ -60,6 +63,12 @@ def timeout_of(group: ProcessGroup) -> timedelta:
     devices = group._device_types
     backend = group._get_backend(torch.device("cpu") if torch.device("cpu") in devices else devices[0])
     return backend.options._timeout  # type: ignore[no-any-return]
+
+
+def _is_of_exchange(error: RuntimeError, text: str) -> bool:
+    """Whether torch's collectives raised it: what code of the user's own says of connections and timeouts is its own."""
+    types = (distributed.DistBackendError, distributed.DistNetworkError, distributed.DistStoreError)
+    return isinstance(error, types) or bool(_OF_GLOO.search(text) or _OF_NCCL.search(text))
 
 
 def _lost(group: ProcessGroup, deadline: float) -> tuple[list[int], str]:

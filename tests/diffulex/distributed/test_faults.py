@@ -17,6 +17,8 @@ from tests.support.rank_cases import Case
 from tests.support.ranks import running
 
 TIMEOUT, SIZE = 2.0, 3
+CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5793"
+TIMED_OUT = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 6000ms for recv"
 SPEC = MoESpec(32, RoutingSpec(2), swiglu_experts(6, 32, 32))
 WAYS = {
     "naive": (("dispatcher", "naive"),),
@@ -66,7 +68,7 @@ def test_ranks_are_named_as_in_the_whole_job(group, monkeypatch, here, got):
     for _ in range(2):
         with raises_catalogue(MoERankError, expected="the ranks 4, 5, 6, 7", got=f"nothing from {got}"):
             with naming_lost_ranks(group):
-                raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+                raise RuntimeError(TIMED_OUT)
     first, second = store.own
     assert first != second and first.endswith("/1")
 
@@ -78,17 +80,50 @@ def test_a_store_that_is_gone_is_told(group, monkeypatch):
     monkeypatch.setattr(faults, "_store_of", gone)
     with raises_catalogue(MoERankError, got="nor can the store of the job be asked: refused"):
         with naming_lost_ranks(group):
-            raise RuntimeError("Timed out waiting 2000ms for recv operation to complete")
+            raise RuntimeError(TIMED_OUT)
+
+
+def fail(group, error):
+    with naming_lost_ranks(group):
+        raise error
 
 
 @pytest.mark.parametrize(
     "error",
-    [RuntimeError("out of memory"), MoERangeError("connection"), MoEStageError("connection"), ValueError("gloo")],
+    [
+        RuntimeError(CLOSED),
+        RuntimeError(TIMED_OUT),
+        RuntimeError(f"Gloo connectFullMesh failed with {CLOSED}"),
+        RuntimeError("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=8)"),
+        torch.distributed.DistBackendError("unhandled system error"),
+        torch.distributed.DistNetworkError("Broken pipe"),
+        torch.distributed.DistStoreError("wait timeout after 100ms"),
+    ],
 )
-def test_other_errors_are_left_as_they_are(group, error):
-    with pytest.raises(type(error)) as caught, naming_lost_ranks(group):
-        raise error
-    assert caught.value is error
+def test_errors_of_exchanges(group, monkeypatch, error):
+    monkeypatch.setattr(faults, "_store_of", lambda group: Store(0, 2, 3))
+    with raises_catalogue(MoERankError, got=str(error)[:40]):
+        fail(group, error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("out of memory"),
+        RuntimeError("metrics: connection to 10.0.0.7 refused"),
+        RuntimeError("[loader:12] read timed out: Connection reset by peer"),
+        RuntimeError("the gloo or NCCL ProcessGroup of the data has a timeout of 5 s"),
+        MoERangeError("connection"),
+        MoEStageError(CLOSED),
+        ValueError(CLOSED),
+    ],
+)
+def test_other_errors_are_left_as_they_are(group, monkeypatch, error):
+    asked = []
+    monkeypatch.setattr(faults, "_store_of", lambda group: asked.append(1) or Store(0, 2, 3))
+    with pytest.raises(type(error)) as caught:
+        fail(group, error)
+    assert caught.value is error and not asked
 
 
 def test_the_timeout_is_that_of_the_group(tmp_path):
