@@ -396,6 +396,27 @@ def lose_a_rank(rank: int, case: Case, size: int, *, how: str, lost: int) -> tup
     return "", "no error", time.monotonic() - began
 
 
+def lose_a_rank_again(rank: int, case: Case, size: int, *, alone: tuple[int, ...], lost: int) -> str:
+    """The error of a call that one rank does not come to, after exchanges failed on some ranks alone and went on."""
+    from diffulex.distributed import faults
+    from lowering.errors import MoERankError
+
+    layer = make_sharded(case, size)
+    hidden_TH = case.part(case.all_inputs()[0], rank)
+    if rank in alone:
+        with mock.patch.object(faults, "GRACE", 0.2), contextlib.suppress(MoERankError):
+            with faults.naming_lost_ranks(layer.parallel.group):
+                raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    layer(hidden_TH)
+    if rank == lost:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        layer(hidden_TH)
+    except MoERankError as error:
+        return str(error)
+    return "no error"
+
+
 def make_on_devices(rank: int, case: Case, devices: tuple[str, ...]) -> str:
     """The error of a layer that every rank makes on another device, or the device of its experts."""
     from lowering.errors import MoEParallelError

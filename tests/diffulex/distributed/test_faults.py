@@ -1,6 +1,7 @@
 """A rank that is gone or stuck: the others raise an error that names it, in time."""
 
 import functools
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -29,26 +30,45 @@ WAYS = {
 
 @pytest.mark.parametrize(("way", "how", "lost"), [("naive", "stuck", 1), ("static", "killed", 0), ("tp", "killed", 2)])
 def test_a_lost_rank_is_named(way, how, lost, record_property):
+    """Killed: gloo sees it at once, and nobody waits for the timeout of the group."""
     case = Case(SPEC, (4,) * SIZE, options=WAYS[way])
-    with running(SIZE, timeout=TIMEOUT) as group:
+    limit, late = (TIMEOUT, "") if how == "stuck" else (0.0, " in 4 s, lost or not there yet")
+    with running(SIZE, timeout=TIMEOUT if how == "stuck" else 60.0) as group:
         told = group.run_without(lost, functools.partial(rank_cases.lose_a_rank, how=how, lost=lost), case, SIZE)
     assert len(told) == SIZE - 1
-    record_property("seconds_over_the_limit", round(max(seconds for *_, seconds in told) - TIMEOUT, 1))
+    record_property("seconds_over_the_limit", round(max(seconds for *_, seconds in told) - limit, 1))
     for kind, text, seconds in told:
-        assert kind == "MoERankError" and f"nothing from rank {lost} (" in text, text
-        assert seconds < TIMEOUT + 5
+        assert kind == "MoERankError" and f"nothing from rank {lost}{late} (" in text, text
+        assert seconds < limit + 5
+
+
+def test_failures_that_only_some_ranks_had_do_not_hide_a_later_one():
+    case = Case(SPEC, (4,) * SIZE, options=WAYS["naive"])
+    with running(SIZE, timeout=60.0) as group:
+        told = group.run_without(2, functools.partial(rank_cases.lose_a_rank_again, alone=(0, 2), lost=2), case, SIZE)
+    assert len(told) == SIZE - 1
+    for text in told:
+        assert "nothing from rank 2 in 4 s" in text, text
 
 
 class Store:
-    """A store that other ranks have written to."""
+    """A store that other ranks have written to, which is gone after so many questions."""
 
-    def __init__(self, *ranks):
-        self.ranks, self.own = ranks, []
+    def __init__(self, *ranks, questions=10**6):
+        self.ranks, self.own, self.questions = ranks, set(), questions
 
     def set(self, key, value):
-        self.own.append(key)
+        self.own.add(key)
+
+    def delete_key(self, key):
+        if key not in self.own:
+            raise RuntimeError("refused")
+        self.own.remove(key)
 
     def check(self, keys):
+        self.questions -= 1
+        if self.questions < 0:
+            raise RuntimeError("refused")
         return all(int(key.rpartition("/")[2]) in self.ranks for key in keys)
 
 
@@ -56,36 +76,85 @@ class Store:
 def group(monkeypatch):
     """Four ranks, of which this is the second, and exchanges without patience."""
     monkeypatch.setattr(faults, "GRACE", 0.1)
+    monkeypatch.setattr(faults, "_said", set())
     monkeypatch.setattr(faults, "timeout_of", lambda group: faults.timedelta(0))
     monkeypatch.setattr(faults.distributed, "get_process_group_ranks", lambda group: [4, 5, 6, 7])
     return SimpleNamespace(group_name="four", size=lambda: 4, rank=lambda: 1)
+
+
+def fail(group, error):
+    with naming_lost_ranks(group):
+        raise error
 
 
 @pytest.mark.parametrize(("here", "got"), [((0, 2), "rank 7 ("), ((3,), "ranks 4, 6 ("), ((0, 2, 3), "some rank (")])
 def test_ranks_are_named_as_in_the_whole_job(group, monkeypatch, here, got):
     store = Store(*here)
     monkeypatch.setattr(faults, "_store_of", lambda group: store)
+    with raises_catalogue(MoERankError, expected="the ranks 4, 5, 6, 7", got=f"nothing from {got}"):
+        fail(group, RuntimeError(TIMED_OUT))
+    (own,) = store.own
+    assert own.endswith("/1")
+
+
+def test_what_a_rank_said_holds_until_it_comes_again(group, monkeypatch):
+    store = Store()
+    monkeypatch.setattr(faults, "_store_of", lambda group: store)
     for _ in range(2):
-        with raises_catalogue(MoERankError, expected="the ranks 4, 5, 6, 7", got=f"nothing from {got}"):
-            with naming_lost_ranks(group):
-                raise RuntimeError(TIMED_OUT)
-    first, second = store.own
-    assert first != second and first.endswith("/1")
-
-
-def test_a_store_that_is_gone_is_told(group, monkeypatch):
-    def gone(group):
-        raise RuntimeError("refused")
-
-    monkeypatch.setattr(faults, "_store_of", gone)
-    with raises_catalogue(MoERankError, got="nor can the store of the job be asked: refused"):
+        with pytest.raises(MoERankError):
+            fail(group, RuntimeError(TIMED_OUT))
+        assert len(store.own) == 1
+    for _ in range(2):
         with naming_lost_ranks(group):
-            raise RuntimeError(TIMED_OUT)
+            assert not store.own
 
 
-def fail(group, error):
+@pytest.mark.parametrize(
+    ("text", "timeout", "got"),
+    [
+        (CLOSED, 60.0, "ranks 6, 7 in 0.1 s, lost or not there yet ("),
+        (TIMED_OUT, 0.5, "ranks 6, 7 ("),
+        ("NCCL error in: socket.cc:1, Connection closed by peer", 0.5, "ranks 6, 7 ("),
+    ],
+)
+def test_only_a_lost_connection_of_gloos_is_told_before_the_timeout(group, monkeypatch, text, timeout, got):
+    """NCCL's other ranks do not see it before their own timeout."""
+    monkeypatch.setattr(faults, "_store_of", lambda group: Store(0))
+    monkeypatch.setattr(faults, "timeout_of", lambda group: faults.timedelta(seconds=timeout))
+    began = time.monotonic()
+    with raises_catalogue(MoERankError, got=f"nothing from {got}"):
+        fail(group, RuntimeError(text))
+    assert (time.monotonic() - began < timeout) == (text == CLOSED)
+
+
+@pytest.mark.parametrize(
+    ("questions", "got", "known"),
+    [
+        (0, "some rank (", "no rank could be asked"),
+        (2, "some rank (", "no rank could be asked"),
+        (3, "ranks 6, 7, lost or not there yet (", "what is named was missing by then"),
+        (4, "ranks 6, 7, lost or not there yet (", "what is named was missing by then"),
+    ],
+)
+def test_a_store_that_is_gone_is_told(group, monkeypatch, questions, got, known):
+    """With who was missing when every rank had been asked."""
+    store = Store(0, questions=questions)
+    monkeypatch.setattr(faults, "GRACE", 60.0)
+    monkeypatch.setattr(faults, "_store_of", lambda group: store)
+    with pytest.raises(MoERankError) as caught:
+        fail(group, RuntimeError(CLOSED))
+    assert f"nothing from {got}" in str(caught.value)
+    assert f"; the store's keeper, usually rank 0, is lost, and {known}: refused)" in str(caught.value)
+
+
+def test_a_store_that_is_gone_does_not_keep_from_going_on(group, monkeypatch):
+    store = Store()
+    monkeypatch.setattr(faults, "_store_of", lambda group: store)
+    with pytest.raises(MoERankError):
+        fail(group, RuntimeError(TIMED_OUT))
+    store.own.clear()
     with naming_lost_ranks(group):
-        raise error
+        assert not faults._said
 
 
 @pytest.mark.parametrize(
