@@ -2,8 +2,9 @@
 
 A rank whose exchange failed says so in the store of the job, and waits for the others to say the same. Who has not by
 the time that the exchange had, and a little longer, is gone or stuck, or has left the layer with an error of its own.
-A lost connection is not waited on for so long: a rank is gone then, and who has not said so a little later is named,
-lost or not there yet. What a rank says holds until it enters a block of the group again.
+Where gloo lost a connection a rank is gone, and the only one that has not said so a little later is named at once; of
+several, some may be late, or wait in a ring of more than three for one that has failed and not yet ended. What a rank
+says holds until it enters a block of the group again.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ def naming_lost_ranks(group: ProcessGroup, *, where: str = "an exchange") -> Ite
     """Turn the failure of an exchange of `group` within the block into `MoERankError`, which names who did not come.
 
     Layers have it around their forward pass outside of compiled code; put it around a compiled model, or a backward
-    pass. It comes within `GRACE` seconds of gloo's loss of a connection, and then may name a rank that is only late;
-    else within the group's timeout and `GRACE` seconds of the beginning of the block, or of the failure where that is
-    later. No rank is named that the store of the job was not asked for, which is lost with its keeper: rank 0, unless
-    the launcher keeps it as torchrun does. Errors that neither gloo nor NCCL nor a store raised are left as they are.
-    The group cannot be used afterwards. With NCCL it can only help where NCCL's watchdog raises instead of ending the
+    pass. It comes within `GRACE` seconds of gloo's loss of a connection where one rank alone is missing, else within
+    the group's timeout and `GRACE` seconds of the beginning of the block, or of the failure where that is later. No
+    rank is named that the store of the job was not asked for, which is lost with its keeper: rank 0, unless the
+    launcher keeps it as torchrun does. Errors that neither gloo nor NCCL nor a store raised are left as they are. The
+    group cannot be used afterwards. With NCCL it can only help where NCCL's watchdog raises instead of ending the
     process.
     """
     began = time.monotonic()
@@ -54,17 +55,16 @@ def naming_lost_ranks(group: ProcessGroup, *, where: str = "an exchange") -> Ite
         if isinstance(error, MoEErrorMixin) or not _is_of_exchange(error, text):
             raise
         is_cut = bool(_OF_GLOO.search(text) and _CUT_OFF.search(text))
-        limit = time.monotonic() if is_cut else max(time.monotonic(), began + timeout_of(group).total_seconds())
-        lost, unknown = _lost(group, limit + GRACE)
+        now = time.monotonic()
+        limit = max(now, began + timeout_of(group).total_seconds())
+        lost, unknown = _lost(group, limit + GRACE, if_one=(now if is_cut else limit) + GRACE)
         ranks = distributed.get_process_group_ranks(group)
         named = f"rank{'s'[: len(lost) > 1]} {', '.join(str(ranks[rank]) for rank in lost)}" if lost else "some rank"
         first_line = text.strip().partition("\n")[0]
-        waited = "" if unknown else f" in {GRACE:g} s"
-        late = f"{waited}, lost or not there yet" if is_cut and lost else ""
         raise MoERankError.of(
             where,
             expected=f"the ranks {', '.join(map(str, ranks))}",
-            got=f"nothing from {named}{late} ({first_line}{unknown})",
+            got=f"nothing from {named} ({first_line}{unknown})",
             hint="It is gone or stuck, or left with an error of its own: see its output, and start the job again.",
         ) from error
 
@@ -82,15 +82,17 @@ def _is_of_exchange(error: RuntimeError, text: str) -> bool:
     return isinstance(error, types) or bool(_OF_GLOO.search(text) or _OF_NCCL.search(text))
 
 
-def _lost(group: ProcessGroup, deadline: float) -> tuple[list[int], str]:
-    """Who of the group has not said by the deadline that its exchange failed; and what of that is not known."""
+def _lost(group: ProcessGroup, deadline: float, *, if_one: float) -> tuple[list[int], str]:
+    """Who of the group has not said by the deadline, or if it is one rank by an earlier one, that its exchange failed;
+    and what of that is not known.
+    """
     others = [rank for rank in range(group.size()) if rank != group.rank()]
     waiting, is_asked = others, False
     try:
         store = _store_of(group)
         store.set(_key(group, group.rank()), "here")
         _said.add(group.group_name)
-        while waiting and time.monotonic() < deadline:
+        while waiting and time.monotonic() < (if_one if len(waiting) == 1 and is_asked else deadline):
             waiting, is_asked = [rank for rank in waiting if not store.check([_key(group, rank)])], True
             time.sleep(_POLL if waiting else 0.0)
     except RuntimeError as error:

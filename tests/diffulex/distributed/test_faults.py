@@ -32,13 +32,13 @@ WAYS = {
 def test_a_lost_rank_is_named(way, how, lost, record_property):
     """Killed: gloo sees it at once, and nobody waits for the timeout of the group."""
     case = Case(SPEC, (4,) * SIZE, options=WAYS[way])
-    limit, late = (TIMEOUT, "") if how == "stuck" else (0.0, " in 4 s, lost or not there yet")
+    limit = TIMEOUT if how == "stuck" else 0.0
     with running(SIZE, timeout=TIMEOUT if how == "stuck" else 60.0) as group:
         told = group.run_without(lost, functools.partial(rank_cases.lose_a_rank, how=how, lost=lost), case, SIZE)
     assert len(told) == SIZE - 1
     record_property("seconds_over_the_limit", round(max(seconds for *_, seconds in told) - limit, 1))
     for kind, text, seconds in told:
-        assert kind == "MoERankError" and f"nothing from rank {lost}{late} (" in text, text
+        assert kind == "MoERankError" and f"nothing from rank {lost} (" in text, text
         assert seconds < limit + 5
 
 
@@ -48,7 +48,7 @@ def test_failures_that_only_some_ranks_had_do_not_hide_a_later_one():
         told = group.run_without(2, functools.partial(rank_cases.lose_a_rank_again, alone=(0, 2), lost=2), case, SIZE)
     assert len(told) == SIZE - 1
     for text in told:
-        assert "nothing from rank 2 in 4 s" in text, text
+        assert "nothing from rank 2 (" in text, text
 
 
 class Store:
@@ -110,21 +110,22 @@ def test_what_a_rank_said_holds_until_it_comes_again(group, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "timeout", "got"),
+    ("text", "here", "timeout", "got"),
     [
-        (CLOSED, 60.0, "ranks 6, 7 in 0.1 s, lost or not there yet ("),
-        (TIMED_OUT, 0.5, "ranks 6, 7 ("),
-        ("NCCL error in: socket.cc:1, Connection closed by peer", 0.5, "ranks 6, 7 ("),
+        (CLOSED, (0, 2), 60.0, "rank 7 ("),
+        (CLOSED, (0,), 0.5, "ranks 6, 7 ("),
+        (TIMED_OUT, (0, 2), 0.5, "rank 7 ("),
+        ("NCCL error in: socket.cc:1, Connection closed by peer", (0, 2), 0.5, "rank 7 ("),
     ],
 )
-def test_only_a_lost_connection_of_gloos_is_told_before_the_timeout(group, monkeypatch, text, timeout, got):
-    """NCCL's other ranks do not see it before their own timeout."""
-    monkeypatch.setattr(faults, "_store_of", lambda group: Store(0))
+def test_one_rank_lost_to_gloo_is_told_before_the_timeout(group, monkeypatch, text, here, timeout, got):
+    """Of two one may be late; and NCCL's other ranks do not see a loss before their own timeout."""
+    monkeypatch.setattr(faults, "_store_of", lambda group: Store(*here))
     monkeypatch.setattr(faults, "timeout_of", lambda group: faults.timedelta(seconds=timeout))
     began = time.monotonic()
     with raises_catalogue(MoERankError, got=f"nothing from {got}"):
         fail(group, RuntimeError(text))
-    assert (time.monotonic() - began < timeout) == (text == CLOSED)
+    assert (time.monotonic() - began < timeout) == (timeout == 60.0)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +133,8 @@ def test_only_a_lost_connection_of_gloos_is_told_before_the_timeout(group, monke
     [
         (0, "some rank (", "no rank could be asked"),
         (2, "some rank (", "no rank could be asked"),
-        (3, "ranks 6, 7, lost or not there yet (", "what is named was missing by then"),
-        (4, "ranks 6, 7, lost or not there yet (", "what is named was missing by then"),
+        (3, "ranks 6, 7 (", "what is named was missing by then"),
+        (4, "ranks 6, 7 (", "what is named was missing by then"),
     ],
 )
 def test_a_store_that_is_gone_is_told(group, monkeypatch, questions, got, known):
