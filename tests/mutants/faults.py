@@ -490,8 +490,8 @@ FAULTS = (
     Fault(
         "compiled ranks without tokens exchange in an order of their own",
         "lowering/graph/order_pass.py",
-        '            node.kwargs = node.kwargs | {"follows": ahead[returns]}\n',
-        "            pass\n",
+        '        node.kwargs = node.kwargs | {"follows": ahead}\n',
+        "        pass\n",
         (f"{PARALLEL}/test_naive_code.py",),
         "keep_their_order",
     ),

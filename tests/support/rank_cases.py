@@ -232,9 +232,9 @@ def run_without_history(rank: int, case: Case, size: int) -> list[list[Tensor | 
     for everywhere in (True, False):
         hidden_TH, *routing = (case.part(tensor, rank).clone() for tensor in case.all_inputs())
         layer.zero_grad()
-        layer.run_experts(
-            hidden_TH.requires_grad_(everywhere or len(hidden_TH) > 0), *routing
-        ).square().sum().backward()
+        for tensor in (hidden_TH, routing[0]):
+            tensor.requires_grad_(everywhere or len(hidden_TH) > 0)
+        layer.run_experts(hidden_TH, *routing).square().sum().backward()
         found.append([hidden_TH.grad, layer.w13.grad.clone(), layer.w2.grad.clone()])
     return found
 

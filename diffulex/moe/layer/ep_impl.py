@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 class _TakesPart(torch.autograd.Function):
-    """Hidden states that ask for gradients because the experts do.
+    """Hidden states or weights that ask for gradients because the experts do.
 
     The way back is an exchange that all ranks make or none, and a rank without tokens has hidden states of no history.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_TH: Tensor, asks: Tensor) -> Tensor:
-        return hidden_TH.view_as(hidden_TH)
+    def forward(ctx: Any, given: Tensor, asks: Tensor) -> Tensor:
+        return given.view_as(given)
 
     @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
         return None, None
 
 
@@ -77,8 +77,10 @@ class EPFusedMoE(ShardedFusedMoE):
                 hint="Call it under torch.no_grad(), or train with a placement without replicas.",
             )
         hidden_TH = hidden_TH.to(self.w13.dtype)
-        if asks is not None and not hidden_TH.requires_grad:
-            hidden_TH = _TakesPart.apply(hidden_TH, asks)
+        if asks is not None:
+            hidden_TH, weights_TK = (
+                t if t.requires_grad else _TakesPart.apply(t, asks) for t in (hidden_TH, weights_TK)
+            )
         return self._run_placed(hidden_TH, weights_TK, ids_TK)
 
     def _run_weighted(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor, *, experts: ExpertWeights) -> Tensor:

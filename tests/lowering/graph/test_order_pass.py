@@ -2,13 +2,16 @@
 
 import operator
 
+import pytest
 import torch
 from torch._functorch.aot_autograd import aot_function
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from diffulex.distributed.exchange_ops import NAMESPACE, define
+from lowering.errors import MoEUnsupportedError
 from lowering.graph.order_pass import order_pass
+from tests.support.catalogue import raises_catalogue
 
 swap = define(
     "swap_for_tests(Tensor rows, int number) -> Tensor",
@@ -98,3 +101,35 @@ def test_a_backward_that_begins_with_zeros():
     assert forward == []
     ((number, follows),) = backward
     assert number == -9 and follows.op == "placeholder"
+
+
+@pytest.mark.parametrize("option", [{"aggressive_recomputation": True}, {"activation_memory_budget": 0.1}], ids=str)
+def test_no_exchange_is_made_again_in_the_backward(option):
+    """Whether one would be depends on sizes, which differ between ranks."""
+    x = torch.ones(3, requires_grad=True)
+    with torch._functorch.config.patch(option):
+        with raises_catalogue(MoEUnsupportedError, got="=".join(map(str, *option.items()))):
+            halves_of(lambda x: swap(x.exp(), 1).sin(), x)
+        halves_of(lambda x: x.exp().sin(), x)
+
+
+def test_a_graph_that_is_traced_again_is_ordered_again():
+    x = torch.ones(2, 3)
+    first = make_fx(lambda x, y: (swap(x, 1), swap(y, 2), swap(x, 3)), tracing_mode="fake")(*x)
+    order_pass(first.graph)
+    first.recompile()
+    again = make_fx(first, tracing_mode="fake")(*x)
+    order_pass(again.graph)
+    again.recompile()
+    follows = [node.args[2:] or node.kwargs.get("follows") for node in again.graph.nodes if node.target == OP]
+    assert not follows[0] and all(isinstance(given[0], torch.fx.Node) for given in follows[1:])
+    assert all(torch.equal(a, b) for a, b in zip(again(*x), (x[0], x[1], x[0]), strict=True))
+
+
+def test_parts_of_a_graph_must_not_exchange():
+    """One that is called as a whole would have an order of its own, and goes where nobody reads what it returns."""
+    inner = make_fx(lambda x: swap(x, 1), tracing_mode="fake")(torch.ones(3))
+    graph = torch.fx.Graph(torch.nn.ModuleDict({"inner": inner}))
+    graph.output(graph.get_attr("inner"))
+    with raises_catalogue(MoEUnsupportedError, got="diffulex_exchange.swap_for_tests.default in inner"):
+        order_pass(graph)
