@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import time
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from diffulex.distributed import ExpertLoad, ParallelConfig
+from diffulex.distributed import ExpertLoad, ParallelConfig, slots
 from diffulex.moe import EPFusedMoE, MoESpec, NaiveFusedMoE, TPFusedMoE, expert_parameter_names
 from diffulex.moe.dispatcher import static_dispatcher
 from lowering.errors import MoEUnsupportedError
@@ -284,6 +285,33 @@ def run_stack(rank: int, case: Case, size: int, counts: tuple[int, ...]) -> dict
             grads = {name: tensor.grad.clone() for name, tensor in stack.named_parameters()}
             results.append({"out": out.detach(), "hidden": given.grad} | grads)
     return {"orders": orders, "results": results}
+
+
+def run_deep(rank: int, depth: int) -> list[int]:
+    """How many of the rows that came to this rank are there at each exchange of a compiled chain of them."""
+    group, alive, counts = torch.distributed.group.WORLD.group_name, [], []
+    stock = slots.exchange_now
+
+    def counting(rows: Tensor, *args: Any, **options: Any) -> Tensor:
+        counts.append(sum(found() is not None for found in alive))
+        came = stock(rows, *args, **options)
+        alive.append(weakref.ref(came))
+        return came
+
+    def chain(hidden_TH: Tensor, splits_2R: Tensor) -> Tensor:
+        details = hidden_TH[:, :3].int()
+        for _ in range(depth):
+            rows_RH, _, on_host_2R = slots.send_rows(hidden_TH, details, splits_2R=splits_2R, group=group)
+            made_RH = (rows_RH.sin() @ rows_RH.new_ones(32, 32)).relu()
+            back_TH = slots.exchange_rows(made_RH, on_host_2R, count=hidden_TH.shape[0], back=True, group=group)
+            hidden_TH = hidden_TH + back_TH
+        return hidden_TH
+
+    torch._dynamo.reset()
+    compiled = torch.compile(chain, fullgraph=True)
+    with torch.no_grad(), mock.patch.object(slots, "exchange_now", counting):
+        compiled(torch.ones(64, 32), torch.full((2, 2), 32))
+    return counts
 
 
 def run_broken(rank: int, case: Case, size: int, steps: int) -> dict[str, Any]:

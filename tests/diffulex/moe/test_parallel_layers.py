@@ -459,6 +459,13 @@ def test_inductor_compiles_training(pair, options):
 
 
 @pytest.mark.slow
+def test_what_orders_exchanges_keeps_no_rows_alive(pair):
+    """As many of a deep model's layers as of a shallow one's."""
+    for counts in pair.run(rank_cases.run_deep, 5):
+        assert len(counts) == 15 and max(counts) <= 4, counts
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "memory"), [((), False), (STATIC, True)], ids=["naive", "memory"])
 def test_compiled_layers_exchange_in_one_order(pair, options, memory):
     """One depends on the other, and a third call on none of them; nothing of a rank without tokens tells."""
