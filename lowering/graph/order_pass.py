@@ -23,7 +23,7 @@ def order_pass(graph: Graph) -> Graph:
     A joint graph has two chains, as its halves become graphs of their own. Raises `MoEUnsupportedError` where a part of
     a graph that is called as a whole exchanges something, and where the backward might make an exchange again.
     """
-    exchanges = [node for node in graph.nodes if _takes_part(node)]
+    exchanges = [node for node in graph.nodes if takes_part(node)]
     _check_parts(graph)
     if not exchanges:
         return graph
@@ -49,7 +49,7 @@ def _check_parts(graph: Graph) -> None:
         if not isinstance(part, GraphModule):
             continue
         graphs = [module.graph for module in part.modules() if isinstance(module, GraphModule)]
-        for inner in (inner for inside in graphs for inner in inside.nodes if _takes_part(inner)):
+        for inner in (inner for inside in graphs for inner in inside.nodes if takes_part(inner)):
             raise MoEUnsupportedError.of(
                 "torch.compile",
                 expected="exchanges between ranks in the graph itself",
@@ -78,7 +78,8 @@ def _check_recomputation() -> None:
         )
 
 
-def _takes_part(node: Node) -> bool:
+def takes_part(node: Node) -> bool:
+    """Whether a node is a call of one of `FOLLOWING_OPS`."""
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and schema is not None and schema.name in FOLLOWING_OPS
 

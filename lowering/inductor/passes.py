@@ -28,9 +28,10 @@ class MoEPasses(CustomGraphPass):
         """Rewrite the graph in place."""
         for other in self._others():
             other(graph)
-        order_pass = importlib.import_module("lowering.graph.order_pass").order_pass
-        order_pass(graph)  # also where the switches are off: layers of several ranks run there, too
-        importlib.import_module("lowering.inductor.exchange_lowerings").register_exchanges()
+        order = importlib.import_module("lowering.graph.order_pass")
+        order.order_pass(graph)  # also where the switches are off: layers of several ranks run there, too
+        if any(order.takes_part(node) for node in graph.nodes):
+            importlib.import_module("lowering.inductor.exchange_lowerings").register_exchanges()
         take_decisions()  # of a graph whose compilation failed: the next graph's are kept with the graph
         if is_enabled():
             importlib.import_module("lowering.graph.pipeline").run_passes(graph)
