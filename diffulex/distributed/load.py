@@ -76,8 +76,8 @@ class ExpertLoad(nn.Module):
     def watch(self, router: TopKRouter) -> Watching:
         """Count what `layer.router` chooses from now on, until `remove()` of what this returns; ids [T, K] int32.
 
-        Code that was compiled before counts as well: it is compiled once more at its next call, and once `removed` has
-        been called, what was compiled before runs again. Raises `MoEOptionError` for another module than such a router.
+        Code that was compiled before counts as well: it is compiled once more at its next call, and after `remove()`
+        what was compiled before runs again. Raises `MoEOptionError` for another module than such a router.
         """
         watchers = getattr(router, "watchers", None)
         if not isinstance(watchers, tuple):
