@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from .symmetric import MOST_BYTES
 
-# Seconds of the probe on the host that the constants of `Host` are of. That run had no probe: until one has, its hosts
-# count as that one, and the value says nothing.
-REFERENCE_PROBE = 0.25e-3
+# Seconds of the probe on the hosts that the constants of `Host` are of: the median of their rows.
+REFERENCE_PROBE = 0.605e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +45,9 @@ class Links:
         """Seconds of an all-to-all that takes so many bytes across within a node, without its start."""
         return min(num_bytes / self.inside_bandwidth, self.large_start + num_bytes / self.large_bandwidth)
 
-    def by_memory(self, ranks: int, num_bytes: float) -> bool:
+    def by_memory(self, ranks: int, num_bytes: float, *, most: int = MOST_BYTES) -> bool:
         """Whether ranks of one node exchange so many bytes each through memory, as the dispatcher `static` does."""
-        return 1 < ranks <= self.ranks_per_node and num_bytes <= MOST_BYTES
+        return 1 < ranks <= self.ranks_per_node and num_bytes <= most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +63,14 @@ class Host:
     `simulate --fit-naive` prints of the measurements on two H200.
     """
 
-    before: float = 0.37e-3
-    dispatch: float = 1.74e-3
-    combine: float = 0.81e-3
-    call: float = 2.75e-3
+    before: float = 0.188e-3
+    dispatch: float = 0.972e-3
+    combine: float = 0.285e-3
+    call: float = 1.64e-3
 
     def at(self, probe: float) -> Host:
         """The same steps on a host that takes so many seconds for the probe."""
-        return Host(*(seconds * probe / REFERENCE_PROBE for seconds in dataclasses.astuple(self)))
+        return Host(*(seconds * (probe / REFERENCE_PROBE) for seconds in dataclasses.astuple(self)))
 
 
 def exchange_seconds(sent: Sequence[Sequence[float]], links: Links, *, starts: int = 1, gather: bool = False) -> float:

@@ -25,6 +25,7 @@ from ..benching.shapes import SHAPES, Shape
 from .balance import plan_placement, rank_loads
 from .links import Host, Links, exchange_seconds, reduce_seconds, to_shares
 from .placement import ExpertPlacement
+from .symmetric import MOST_SLOT_BYTES
 
 WAYS = ("naive", "static", "sums", "tp")
 PAPER = {"deepseek-v3": Shape(256, 8, 7168, 2048), "qwen3": SHAPES["qwen3"]}
@@ -32,7 +33,7 @@ RANKS = (8, 16, 32, 64)
 _ELEMENT, _WIDE, _DETAIL = 2, 4, 12  # bytes: bf16, fp32, and what goes with a slot (row, token, weight)
 _KERNEL = 2.5e-6  # seconds of a kernel that has next to nothing to do, in a CUDA graph
 # Slots of `naive` moved on their way back, in multiples of their bytes, into their places and to sums. Fitted.
-PASSES = 27
+PASSES = 2.44
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +241,14 @@ def _combine(scenario: Scenario, shares: Sequence[float], *, links: Links, devic
     if scenario.way == "sums":
         sums, read = ranks * out, ranks * slots * row * share
         return 2 * _KERNEL + (read + 2 * sums + out) / rate + _back(sums, ranks, links=links, rate=rate)
-    return _KERNEL + (slots * row + out) / rate + _back(ranks * slots * row, ranks, links=links, rate=rate)
+    read, added = slots * row, _KERNEL + (slots * row + out) / rate
+    if not links.by_memory(ranks, ranks * read, most=MOST_SLOT_BYTES):
+        return added + _back(ranks * read, ranks, links=links, rate=rate)
+    # all that is for peers goes into the buffer; a peer reads the slots of this rank's experts alone, and writes them
+    # while others are on their way
+    across = read * max(1 - min(shares), (ranks - 1) * share)
+    copied = 2 * (ranks - 1) * read / rate + max(across / links.memory_bandwidth, 2 * read / rate)
+    return added + _KERNEL + links.memory_latency + copied
 
 
 def _back(num_bytes: float, ranks: int, *, links: Links, rate: float) -> float:

@@ -1,7 +1,8 @@
 """Exchanges of static shapes through memory that the ranks of one host read from one another.
 
 A `Workspace` is a buffer of torch's symmetric memory on each rank. An exchange is a write into the own buffer, a
-barrier, a copy out of the buffers of all ranks, and another barrier: no host, no sizes that depend on data.
+barrier, a copy out of the buffers of all ranks, and another barrier: no host, no sizes that depend on data. Of the
+results of slots a rank copies those alone that it has a use for, each by its address in the memory of a peer.
 
 Why that is right. The first barrier comes after every rank's write, so what is read is there. The second comes after
 every rank's reads, so whatever follows may write again. Each exchange is whole in itself: the buffer is free before it
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lowering.errors import MoERangeError, MoEStageError, Reason, ReasonCode
+from lowering.ops._launch import launcher
 
 from .agreement import told_by_ranks
 from .exchange_ops import define
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 # Where more bytes than that are to be read by a rank, a collective is as fast. Between two H200, with NCCL in brackets:
 # 64 MiB of a rank gathered in 269 us (292), exchanged in 141 us (140); twice that in 524 (552) and 270 (257).
 MOST_BYTES = 64 << 20
+# Where a rank reads those results of slots alone that it has a use for: memory is faster then, but has to be there.
+MOST_SLOT_BYTES = 256 << 20
 _ALIGNED = 256  # bytes; parts begin there, so that copies are vectorised
 
 
@@ -68,7 +72,10 @@ def offsets_of(parts: Sequence[tuple[Sequence[int], torch.dtype]]) -> tuple[list
 
 
 class Workspace:
-    """The buffers of all ranks, `num_bytes` each, known to the ops by `key`; see the module for how they are used."""
+    """The buffers of all ranks, `num_bytes` each, known to the ops by `key`; see the module for how they are used.
+
+    addresses  where kernels find them, int64 [R]; None where no kernel reads them
+    """
 
     def __init__(
         self,
@@ -78,10 +85,12 @@ class Workspace:
         key: str,
         group: ProcessGroup | None = None,
         memory: Tensor | None = None,
+        addresses_R: Tensor | None = None,
     ) -> None:
         self.handle, self.num_bytes, self.key = handle, num_bytes, key
         self.group, self._memory = group, memory  # kept alive
         self.flight: Any = None  # what `overlap` has under way
+        self._addresses_R = addresses_R
         _WORKSPACES[key] = self
 
     def gather(self, parts: Sequence[Tensor], capacity: int) -> list[Tensor]:
@@ -105,22 +114,45 @@ class Workspace:
 
     def all_to_all(self, rows: Tensor) -> Tensor:
         """The r-th of equal parts of rows [R, ...], any dtype, to rank r; [R, ...] with rank 0's for this one first."""
-        self.check_free()
-        self.offsets([(rows.shape, rows.dtype)])
-        rank, size = self.handle.rank, self.handle.world_size
-        count = rows.shape[0] // size
-        start, stop = rank * count, (rank + 1) * count
-        own = self.view(rank, rows.shape, dtype=rows.dtype)
-        own[:start].copy_(rows[:start])  # what stays here is not read from here
-        own[stop:].copy_(rows[stop:])
-        self.handle.barrier()
-        found = [
-            (rows if source == rank else self.view(source, rows.shape, dtype=rows.dtype))[start:stop]
-            for source in range(size)
-        ]
-        received = torch.cat(found)
+        self._lend(rows)
+        received = torch.cat(self._lent(rows))
         self.handle.barrier()
         return received
+
+    def rows_of_ranks(self, rows: Tensor, places_N: Tensor) -> Tensor:
+        """The rows of `all_to_all` at some places, [N, H] in the dtype of rows [R, H]; places [N] int64, -1 for zeros.
+
+        On a GPU no other row is read: of a peer's memory that takes as much longer as there are ranks.
+        """
+        self._lend(rows)
+        if self._addresses_R is not None:
+            found = launcher().rows_of_ranks(rows, places_N, self._addresses_R, own=self.handle.rank)
+        else:
+            found = rows_at(torch.cat(self._lent(rows)), places_N)
+        self.handle.barrier()
+        return found  # type: ignore[no-any-return]
+
+    def _lend(self, rows: Tensor) -> None:
+        """Put the parts of rows [R, ...] where the ranks that they are for find them; what stays here is not there."""
+        self.check_free()
+        self.offsets([(rows.shape, rows.dtype)])
+        own, (start, stop) = self.view(self.handle.rank, rows.shape, dtype=rows.dtype), self._part(rows)
+        own[:start].copy_(rows[:start])
+        own[stop:].copy_(rows[stop:])
+        self.handle.barrier()
+
+    def _lent(self, rows: Tensor) -> list[Tensor]:
+        """The part for this rank from each, in order; the own one out of rows [R, ...]."""
+        start, stop = self._part(rows)
+        return [
+            (rows if source == self.handle.rank else self.view(source, rows.shape, dtype=rows.dtype))[start:stop]
+            for source in range(self.handle.world_size)
+        ]
+
+    def _part(self, rows: Tensor) -> tuple[int, int]:
+        """Of equal parts of rows [R, ...], where this rank's begins and ends."""
+        count = rows.shape[0] // self.handle.world_size
+        return self.handle.rank * count, (self.handle.rank + 1) * count
 
     def check_free(self) -> None:
         """Raise `MoEStageError` where `overlap` has a call under way: whatever came next would write over it.
@@ -177,10 +209,28 @@ def _all_to_all_fake(rows: Tensor, size: int, workspace: str) -> Tensor:
     return rows.new_empty(rows.shape)
 
 
+def rows_at(rows: Tensor, places_N: Tensor) -> Tensor:
+    """Rows [R, H] of any dtype at places [N] int64, zeros for -1: [N, H]."""
+    return torch.where((places_N >= 0).unsqueeze(1), rows.index_select(0, places_N.clamp(min=0)), 0)
+
+
+def _rows_of_ranks(rows: Tensor, places: Tensor, size: int, workspace: str) -> Tensor:
+    return _WORKSPACES[workspace].rows_of_ranks(rows, places)
+
+
+def _rows_of_ranks_fake(rows: Tensor, places: Tensor, size: int, workspace: str) -> Tensor:
+    return rows.new_empty(places.shape[0], rows.shape[1])
+
+
 gather_op = define(
     "gather(Tensor[] parts, int capacity, int size, str workspace) -> Tensor[]", _gather, fake=_gather_fake
 )
 all_to_all_op = define("all_to_all(Tensor rows, int size, str workspace) -> Tensor", _all_to_all, fake=_all_to_all_fake)
+rows_of_ranks_op = define(
+    "rows_of_ranks(Tensor rows, Tensor places, int size, str workspace) -> Tensor",
+    _rows_of_ranks,
+    fake=_rows_of_ranks_fake,
+)
 
 
 def workspace_for(group: ProcessGroup, device_type: str, *, num_bytes: int) -> Workspace | Reason:
@@ -206,7 +256,10 @@ def workspace_for(group: ProcessGroup, device_type: str, *, num_bytes: int) -> W
     if isinstance(memory, Reason):  # on all ranks: who went on would wait for the one that failed
         return memory
     handle = _on_all(group, _tried(lambda: _share(memory, group)))
-    return handle if isinstance(handle, Reason) else Workspace(handle, num_bytes, key=key, group=group, memory=memory)
+    if isinstance(handle, Reason):
+        return handle
+    addresses_R = _addresses(handle)  # now: a CUDA graph could not bring them to the device
+    return Workspace(handle, num_bytes, key=key, group=group, memory=memory, addresses_R=addresses_R)
 
 
 def _on_all(group: ProcessGroup, found: Any) -> Any:
@@ -284,3 +337,9 @@ def _share(memory: Tensor, group: ProcessGroup) -> Handle:
     from torch._C._distributed_c10d import _SymmetricMemory
 
     return _SymmetricMemory.rendezvous(memory, group.group_name)
+
+
+def _addresses(handle: Handle) -> Tensor:
+    """Where each rank's buffer begins, int64 [R] on the device."""
+    buffers = [handle.get_buffer(rank, (1,), dtype=torch.uint8) for rank in range(handle.world_size)]
+    return torch.tensor([buffer.data_ptr() for buffer in buffers], device=buffers[handle.rank].device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .collectives import added_in_order, all_gather, exchange
-from .symmetric import all_to_all_op, gather_op, offsets_of
+from .symmetric import all_to_all_op, gather_op, offsets_of, rows_at, rows_of_ranks_op
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +110,24 @@ class _RowsBack(torch.autograd.Function):
         return _evenly(grad, ctx.route), None
 
 
+class _SlotsBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places_N: Tensor, route: Route) -> Tensor:
+        ctx.save_for_backward(places_N)
+        ctx.route, ctx.count = route, rows.shape[0]
+        if route.workspace is not None:
+            return rows_of_ranks_op(rows, places_N, route.size, route.workspace)  # type: ignore[no-any-return]
+        return rows_at(_evenly(rows, route), places_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor, None, None]:
+        (places_N,) = ctx.saved_tensors
+        # all that is for no rank goes to one more row, which stays here
+        place_N = torch.where(places_N >= 0, places_N, ctx.count)
+        grad = grad_NH.new_zeros(ctx.count + 1, grad_NH.shape[1]).index_copy(0, place_N, grad_NH)
+        return _evenly(grad[: ctx.count], ctx.route), None, None
+
+
 def _evenly(rows: Tensor, route: Route) -> Tensor:
     splits = [rows.shape[0] // route.size] * route.size
     return exchange(rows, splits, send=splits, group=route.group)
@@ -130,3 +148,11 @@ def tokens_to_ranks(
 def rows_back(rows: Tensor, route: Route) -> Tensor:
     """The r-th of equal parts of floating rows [R, H] to rank r, [R, H] from all in order; differentiable."""
     return _RowsBack.apply(rows, route)  # type: ignore[no-any-return]
+
+
+def slots_back(rows: Tensor, places_N: Tensor, *, route: Route) -> Tensor:
+    """Rows of `rows_back` at places [N] int64, each at most once, and zeros at -1: floating [R, H] to [N, H].
+
+    Differentiable. Through symmetric memory other rows do not travel.
+    """
+    return _SlotsBack.apply(rows, places_N, route)  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ depend on the batch; nothing here waits for the device.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,7 +21,7 @@ from ..schedule.plan import MAX_RANGES, schedule_for
 from ..schedule.schedule import SPECIALIZED_EXPERTS, TMA_ALIGNMENT, GemmShape, Schedule, schedule_of, tma_refusal
 from ..state import is_batch_invariant
 from . import standalone
-from .render import ExpertGemmVariant, GradWeightVariant
+from .render import ExpertGemmVariant, GradWeightVariant, template_text
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -307,3 +308,26 @@ def moe_expert_grad_weight(
         num_stages=3,
     )
     return out_ELR
+
+
+def rows_of_ranks(rows: Tensor, places_N: Tensor, addresses_R: Tensor, *, own: int) -> Tensor:
+    """Rows [N, X] of any dtype out of the memory of all ranks, zeros for -1, as `moe_rows_of_ranks.jinja` finds them.
+
+    rows [S, X] are this rank's own, places [N] int64, addresses [R] int64 where each rank's rows [S, X] begin.
+    """
+    rows = rows.contiguous()
+    out_NX = rows.new_empty(places_N.shape[0], rows.shape[1])
+    aligned = math.gcd(rows.shape[1] * rows.element_size(), rows.data_ptr(), 16)
+    word = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[min(aligned, 8)]
+    tensors = {"ROWS": rows.view(word), "PLACES": places_N.contiguous(), "BASES": addresses_R, "OUT": out_NX.view(word)}
+    block = min(1024, power_of_two(tensors["OUT"].shape[1]))
+    standalone.launch(
+        template_text("moe_rows_of_ranks"),
+        tensors,
+        name="moe_rows_of_ranks",
+        constants={"RANKS": addresses_R.shape[0], "OWN": own, "BLOCK": block, "ALIGNED": aligned == 16},
+        grid=(places_N.shape[0], -(-tensors["OUT"].shape[1] // block)),
+        num_warps=4,
+        num_stages=1,
+    )
+    return out_NX

@@ -15,8 +15,8 @@ from lowering.errors import Reason, ReasonCode
 from ...distributed.collectives import added_in_order
 from ...distributed.overlap import bytes_in_parts
 from ...distributed.parts import Parts, PartsOfCollectives, PartsOfMemory
-from ...distributed.symmetric import MOST_BYTES, Workspace, workspace_for
-from ...distributed.tokens import Route, bytes_to_ranks, packed, rows_back, tokens_to_ranks, unpacked
+from ...distributed.symmetric import MOST_BYTES, MOST_SLOT_BYTES, Workspace, workspace_for
+from ...distributed.tokens import Route, bytes_to_ranks, packed, rows_back, slots_back, tokens_to_ranks, unpacked
 from .base_dispatcher import DispatcherOutput, ExchangePlan, TokenDispatcher
 
 if TYPE_CHECKING:
@@ -47,9 +47,10 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
     Capacity: a rank brings at most C = `plan.max_tokens` tokens to a call, and each rank keeps room for C of every
     rank, for all of them may choose its experts. So nothing is ever dropped; a call with more tokens is refused. As
     that room is exchanged whole, the exchange is an all-gather of [C, H]; rows of no local expert are skipped by the
-    grouped GEMMs. The way back is one all-to-all of [R, K, H] (`exact`: per slot, which equals a single rank's result
-    bitwise, and so do the gradients of the experts; that of the hidden states adds up per rank, not per slot), or of
-    sums [R, H], which are made in fp32 and rounded once to the dtype of the slots, and added up in fp32 again.
+    grouped GEMMs. The way back is of slots [R, K, H] (`exact`, which equals a single rank's result bitwise, and so do
+    the gradients of the experts; that of the hidden states adds up per rank, not per slot): all of them by a
+    collective, through symmetric memory those alone that their rank has a use for. Or it is one all-to-all of sums
+    [R, H], which are made in fp32 and rounded once to the dtype of the slots, and added up in fp32 again.
 
     Each exchange goes through symmetric memory where the ranks have it and the exchange is small enough to gain by it,
     through a collective else; `transport` says which, and why. Ranks agree on it when the dispatcher is made, by all of
@@ -76,17 +77,18 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
         needs = {"dispatch": bytes_to_ranks(self.capacity, row_bytes, top_k=self.plan.top_k)}
         back = self.size * self.capacity * row_bytes
         needs["combine"] = back * self.plan.top_k if self.exact else back
+        most = {"dispatch": MOST_BYTES, "combine": MOST_SLOT_BYTES if self.exact else MOST_BYTES}
         refusals = {
-            name: Reason(ReasonCode.SCHEDULE, f"a collective is faster for {need} bytes") if need > MOST_BYTES else None
+            name: Reason(ReasonCode.SCHEDULE, f"a collective is for {need} bytes") if need > most[name] else None
             for name, need in needs.items()
         }
         for name in self._in_parts:  # they gain by what overlaps, however many bytes there are
             needs[name] = bytes_in_parts(self.capacity, row_bytes, top_k=self.plan.top_k, size=self.size)
             refusals[name] = None
-        most = max((need for name, need in needs.items() if refusals[name] is None), default=None)
-        if most is None:
+        largest = max((need for name, need in needs.items() if refusals[name] is None), default=None)
+        if largest is None:
             return None, refusals
-        found = workspace_for(self.plan.parallel.group, self.plan.parallel.mesh.device_type, num_bytes=most)
+        found = workspace_for(self.plan.parallel.group, self.plan.parallel.mesh.device_type, num_bytes=largest)
         if isinstance(found, Reason):
             return None, {name: refusals[name] or found for name in needs}
         return found, refusals
@@ -180,20 +182,20 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
     def _combine(self, slots_NH: Tensor, metadata: StaticDispatchMetadata) -> Tensor:
         return self._of_slots(slots_NH, metadata) if self.exact else self._of_sums(slots_NH, metadata)
 
-    def _back(self, rows: Tensor) -> Tensor:
-        return rows_back(rows, self._route("combine", rows.shape[0] * rows.shape[1] * rows.element_size()))
+    def _route_back(self, rows: Tensor) -> Route:
+        return self._route("combine", rows.shape[0] * rows.shape[1] * rows.element_size())
 
     def _of_slots(self, slots_NH: Tensor, metadata: StaticDispatchMetadata) -> Tensor:
         """Each slot's result from the rank of its expert, and zeros where there is none."""
         ranks_N = metadata.slot_ranks.reshape(-1)
         slot_N = torch.arange(ranks_N.shape[0], device=ranks_N.device)
-        place_N = ranks_N.clamp(min=0).long() * (self.capacity * self.plan.top_k) + slot_N
-        back_NH = self._back(slots_NH).index_select(0, place_N)
-        return ops.moe_combine(torch.where((ranks_N >= 0).unsqueeze(1), back_NH, 0.0), metadata.weights)
+        place_N = torch.where(ranks_N >= 0, ranks_N.long() * (self.capacity * self.plan.top_k) + slot_N, -1)
+        back_NH = slots_back(slots_NH, place_N, route=self._route_back(slots_NH))
+        return ops.moe_combine(back_NH, metadata.weights)
 
     def _of_sums(self, slots_NH: Tensor, metadata: StaticDispatchMetadata) -> Tensor:
         """A sum per token and rank, rounded once, added up in the order of the ranks in fp32 or wider."""
-        sums_RH = self._back(self._sums(slots_NH, metadata.recv_weights, metadata.recv_rows))
-        sums_CH = added_in_order(sums_RH.chunk(self.size))
+        sums_RH = self._sums(slots_NH, metadata.recv_weights, metadata.recv_rows)
+        sums_CH = added_in_order(rows_back(sums_RH, self._route_back(sums_RH)).chunk(self.size))
         tokens_T = torch.arange(metadata.num_tokens, device=sums_CH.device)  # a slice has a graph of its own when full
         return sums_CH.index_select(0, tokens_T).to(slots_NH.dtype)

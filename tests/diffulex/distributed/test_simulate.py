@@ -151,7 +151,12 @@ def test_ten_thousand_bytes_over_a_link():
     assert told.dispatch == pytest.approx(3 * 0.25 + 100 * 4 * (2048 + 12) / 2 / 1e5)
     gathered = simulate(Scenario(SMALL, 2, 100, "static"), links=links, device=FAST)
     assert gathered.dispatch == pytest.approx(100 * (2048 + 32) / 1e6, rel=1e-3)
-    assert gathered.combine == pytest.approx(100 * 4 * 2048 / 1e6, rel=1e-3)
+    assert gathered.combine == pytest.approx(100 * 4 * 2048 / 2 / 1e6, rel=1e-3)  # those of the other's experts alone
+    sent = simulate(Scenario(SMALL, 2, 100, "static"), links=apart, device=FAST)
+    assert sent.combine == pytest.approx(0.25 + 100 * 4 * 2048 / 1e5, rel=1e-3)
+    load = tuple([3.0] * 8 + [1.0] * 8)
+    uneven = simulate(Scenario(SMALL, 2, 100, "static", load=load), links=links, device=FAST)
+    assert uneven.combine == pytest.approx(100 * 4 * 2048 * 0.75 / 1e6, rel=1e-3)
     summed = simulate(Scenario(SMALL, 2, 100, "sums"), links=links, device=FAST)
     assert summed.combine == pytest.approx(100 * 2048 / 1e6, rel=1e-3)
     reduced = simulate(Scenario(SMALL, 2, 100, "tp"), links=links, device=FAST)

@@ -19,6 +19,7 @@ from diffulex.distributed.symmetric import (
     disagreement,
     gather_op,
     offsets_of,
+    rows_of_ranks_op,
     workspace_for,
 )
 from diffulex.distributed.tokens import Route, bytes_to_ranks
@@ -95,6 +96,27 @@ def test_all_to_all_gives_each_rank_its_part(size, count, dtype, widths):
             assert torch.equal(received, torch.cat(every))
 
 
+@given(st.integers(1, 4), st.integers(1, 3), st.sampled_from(DTYPES), st.randoms(use_true_random=False))
+def test_rows_of_ranks_are_those_of_all_to_all(size, count, dtype, random):
+    """At any places, each at most once, -1 among them, and zeros there."""
+    places = [
+        random.choice([place, -1]) for place in random.sample(range(size * count), random.randint(0, size * count))
+    ]
+    places_N = torch.tensor(places, dtype=torch.int64)
+    num_bytes = max(256, offsets_of([((size * count, 4), dtype)])[1])
+
+    def run(space):
+        rank = space.handle.rank
+        rows = drawn(size * count, 4, dtype=dtype, seed=rank)
+        key = f"threads/{rank}"
+        return rows_of_ranks_op(rows, places_N, size, key), all_to_all_op(rows, size, key)
+
+    for found, every in on_threads(size, num_bytes, run):
+        assert found.dtype == dtype and found.shape == (len(places), 4)
+        for row, place in zip(found, places, strict=True):
+            assert torch.equal(row, every[place] if place >= 0 else torch.zeros_like(row))
+
+
 def test_exchanges_follow_one_another_in_one_buffer():
     """Also two of the same kind without the other between them, and of other sizes."""
     size, rounds = 3, 20
@@ -163,7 +185,7 @@ def test_parts_through_memory(size, parts, tokens):
         assert torch.equal(found, summed.bfloat16())
 
 
-@pytest.mark.parametrize("meanwhile", ["begin", "gather", "all_to_all"])
+@pytest.mark.parametrize("meanwhile", ["begin", "gather", "all_to_all", "rows_of_ranks"])
 def test_nothing_comes_between_a_call_in_parts(meanwhile):
     """As compiled code may have it where layers do not depend on one another; the next call goes on as ever."""
     rows, details = drawn_parts(0, 4)
@@ -177,6 +199,7 @@ def test_nothing_comes_between_a_call_in_parts(meanwhile):
             "begin": lambda: begin_op(rows, details, 4, 2, 1, "threads/0"),
             "gather": lambda: gather_op([rows], 4, 1, "threads/0"),
             "all_to_all": lambda: all_to_all_op(rows, 1, "threads/0"),
+            "rows_of_ranks": lambda: rows_of_ranks_op(rows, torch.arange(4), 1, "threads/0"),
         }
         begin_op(rows, details, 4, 2, 1, "threads/0")
         with raises_catalogue(MoEStageError, expected="one call in parts after the other"):
@@ -200,6 +223,7 @@ def test_ops_have_fakes_and_are_captured(rows):
         for op, args in (
             (exchanges.gather, ([hidden, details], 5, 1, "threads/0")),
             (exchanges.all_to_all, (hidden, 1, "threads/0")),
+            (exchanges.rows_of_ranks, (hidden, torch.arange(rows), 1, "threads/0")),
         ):
             torch.library.opcheck(op.default, args)
             torch.library.opcheck(op.default, (*args, torch.empty(0, dtype=torch.int32)))
@@ -267,6 +291,7 @@ def test_ranks_settle_on_one_answer(monkeypatch, failing):
         monkeypatch.setattr(symmetric, "_tell", lambda group, num_bytes, spaces: table[rank])
         monkeypatch.setattr(symmetric, "_allocate", lambda num_bytes: step("_allocate"))
         monkeypatch.setattr(symmetric, "_share", lambda memory, group: step("_share"))
+        monkeypatch.setattr(symmetric, "_addresses", lambda handle: f"of {handle}")
         return workspace_for(group, "cuda", num_bytes=8), steps
 
     for rank in range(2):

@@ -517,15 +517,16 @@ def test_how_static_exchanges_travel_is_said(mesh, monkeypatch):
 
     monkeypatch.setattr(static_dispatcher, "workspace_for", workspace_of_processes)
     monkeypatch.setattr(static_dispatcher, "MOST_BYTES", 2048)
+    monkeypatch.setattr(static_dispatcher, "MOST_SLOT_BYTES", 2304)
     both, first, neither = (
         build_token_dispatcher("static", dataclasses.replace(plan, row_bytes=size)) for size in (32, 256, 999)
     )
     assert both.transport == "dispatch by symmetric memory; combine by symmetric memory"
     assert both.workspace.num_bytes == 256 + 256
-    slower = "collectives (SCHEDULE: a collective is faster for 2560 bytes)"
+    slower = "collectives (SCHEDULE: a collective is for 2560 bytes)"
     assert first.transport == f"dispatch by symmetric memory; combine by {slower}"
     assert first._route("dispatch", 8).workspace is not None and first._route("combine", 8).workspace is None
-    assert neither.workspace is None and "faster for 9990 bytes" in neither.transport
+    assert neither.workspace is None and "is for 9990 bytes" in neither.transport
     parts = ParallelConfig(mesh, dim="ep", dispatcher="static", max_tokens_per_rank=5, exact=False, chunks=3)
     apart = build_token_dispatcher("static", dataclasses.replace(plan, parallel=parts, row_bytes=999))
     assert apart.transport.endswith("; parts by symmetric memory") and apart.capacity == 6
