@@ -15,7 +15,7 @@ from lowering.errors import Reason, ReasonCode
 from ...distributed.collectives import added_in_order
 from ...distributed.overlap import bytes_in_parts
 from ...distributed.parts import Parts, PartsOfCollectives, PartsOfMemory
-from ...distributed.symmetric import MOST_BYTES, MOST_SLOT_BYTES, Workspace, workspace_for
+from ...distributed.symmetric import MOST_BYTES, MOST_SLOT_BYTES, Workspace, offsets_of, workspace_for
 from ...distributed.tokens import Route, bytes_to_ranks, packed, rows_back, slots_back, tokens_to_ranks, unpacked
 from .base_dispatcher import DispatcherOutput, ExchangePlan, TokenDispatcher
 
@@ -75,8 +75,8 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
             unknown = Reason(ReasonCode.OPTION, "the plan does not say how large a token is")
             return None, dict.fromkeys(("dispatch", "combine", *self._in_parts), unknown)
         needs = {"dispatch": bytes_to_ranks(self.capacity, row_bytes, top_k=self.plan.top_k)}
-        back = self.size * self.capacity * row_bytes
-        needs["combine"] = back * self.plan.top_k if self.exact else back
+        rows = self.size * self.capacity * (self.plan.top_k if self.exact else 1)
+        needs["combine"] = offsets_of([((rows, row_bytes), torch.uint8)])[1]
         most = {"dispatch": MOST_BYTES, "combine": MOST_SLOT_BYTES if self.exact else MOST_BYTES}
         refusals = {
             name: Reason(ReasonCode.SCHEDULE, f"a collective is for {need} bytes") if need > most[name] else None

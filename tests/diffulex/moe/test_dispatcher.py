@@ -22,6 +22,7 @@ from diffulex.moe import (
     build_moe_block,
     build_token_dispatcher,
 )
+from diffulex.moe.dispatcher import static_dispatcher
 from diffulex.moe.layer.experts import WholeSlots
 from diffulex.moe.metadata import DispatcherStage
 from lowering.errors import (
@@ -40,6 +41,7 @@ from tests.support.catalogue import raises_catalogue
 from tests.support.moe_layers import SPECS, make_inputs, make_layer
 from tests.support.oracle import assert_near_exact, assert_oracle_ratio
 from tests.support.rank_cases import layer_results
+from tests.support.shared_memory import workspace_of_processes
 
 EXPERTS, TOP_K, CAPACITY, HIDDEN = 4, 2, 5, 8
 
@@ -502,9 +504,6 @@ def test_a_dispatcher_is_made_for_one_plan(mesh):
 
 def test_how_static_exchanges_travel_is_said(mesh, monkeypatch):
     """Each for itself, by what the plan says it will move; a call of another width than planned takes a collective."""
-    from diffulex.moe.dispatcher import static_dispatcher
-    from tests.support.shared_memory import workspace_of_processes
-
     plan = dataclasses.replace(plan_of(mesh), row_bytes=4 * HIDDEN)
     on_cpu = "collectives (NOT_CUDA: symmetric memory is for CUDA devices, the mesh is on cpu)"
     found = build_token_dispatcher("static", plan)
@@ -526,7 +525,7 @@ def test_how_static_exchanges_travel_is_said(mesh, monkeypatch):
     slower = "collectives (SCHEDULE: a collective is for 2560 bytes)"
     assert first.transport == f"dispatch by symmetric memory; combine by {slower}"
     assert first._route("dispatch", 8).workspace is not None and first._route("combine", 8).workspace is None
-    assert neither.workspace is None and "is for 9990 bytes" in neither.transport
+    assert neither.workspace is None and "is for 10240 bytes" in neither.transport
     parts = ParallelConfig(mesh, dim="ep", dispatcher="static", max_tokens_per_rank=5, exact=False, chunks=3)
     apart = build_token_dispatcher("static", dataclasses.replace(plan, parallel=parts, row_bytes=999))
     assert apart.transport.endswith("; parts by symmetric memory") and apart.capacity == 6
@@ -537,3 +536,19 @@ def test_how_static_exchanges_travel_is_said(mesh, monkeypatch):
         assert torch.equal(out.recv_hidden_states, hidden.repeat(1, width // HIDDEN))
         assert both._route("dispatch", 5 * width * 4 + 256).workspace == key
         both.combine(identity(out), out.metadata)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("width", [9, 36, 65])
+def test_rows_of_any_width_fit_the_memory(mesh, monkeypatch, exact, width):
+    """Parts begin at multiples of 256 bytes, and what comes back may be the largest and no such multiple."""
+    monkeypatch.setattr(static_dispatcher, "workspace_for", workspace_of_processes)
+    parallel = ParallelConfig(mesh, dim="ep", dispatcher="static", max_tokens_per_rank=CAPACITY, exact=exact)
+    plan = dataclasses.replace(plan_of(mesh), parallel=parallel, row_bytes=4 * width)
+    found = build_token_dispatcher("static", plan)
+    _, ids, weights = tokens(CAPACITY)
+    hidden = torch.randn(CAPACITY, width, generator=torch.Generator().manual_seed(0))
+    out = found.dispatch(hidden, ids, weights)
+    wanted = ((ids >= 0) & (ids < EXPERTS)).mul(weights).sum(1, keepdim=True) * hidden
+    torch.testing.assert_close(found.combine(identity(out), out.metadata), wanted)
+    assert found.transport == "dispatch by symmetric memory; combine by symmetric memory"
