@@ -18,6 +18,7 @@ Nothing here uses NVLink multicast.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import socket
 import weakref
@@ -122,7 +123,7 @@ class Workspace:
     def rows_of_ranks(self, rows: Tensor, places_N: Tensor) -> Tensor:
         """The rows of `all_to_all` at some places, [N, H] in the dtype of rows [R, H]; places [N] int64, -1 for zeros.
 
-        On a GPU no other row is read: of a peer's memory that takes as much longer as there are ranks.
+        A kernel reads no other row of a peer's memory: reading all takes as many times as long as there are ranks.
         """
         self._lend(rows)
         if self._addresses_R is not None:
@@ -339,7 +340,9 @@ def _share(memory: Tensor, group: ProcessGroup) -> Handle:
     return _SymmetricMemory.rendezvous(memory, group.group_name)
 
 
-def _addresses(handle: Handle) -> Tensor:
-    """Where each rank's buffer begins, int64 [R] on the device."""
+def _addresses(handle: Handle) -> Tensor | None:
+    """Where each rank's buffer begins, int64 [R] on the device; None without triton, where there are no kernels."""
+    if importlib.util.find_spec("triton") is None:
+        return None
     buffers = [handle.get_buffer(rank, (1,), dtype=torch.uint8) for rank in range(handle.world_size)]
     return torch.tensor([buffer.data_ptr() for buffer in buffers], device=buffers[handle.rank].device)

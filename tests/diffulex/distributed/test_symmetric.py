@@ -302,6 +302,14 @@ def test_ranks_settle_on_one_answer(monkeypatch, failing):
         assert steps == ["_allocate", "_share"][: 1 if failing == "_allocate" else 2]
 
 
+def test_kernels_find_the_buffers_where_there_are_kernels(monkeypatch):
+    buffers = [torch.zeros(4, dtype=torch.uint8) for _ in range(3)]
+    handle = SimpleNamespace(rank=1, world_size=3, get_buffer=lambda rank, sizes, dtype: buffers[rank][: sizes[0]])
+    assert symmetric._addresses(handle).tolist() == [buffer.data_ptr() for buffer in buffers]
+    monkeypatch.setattr(symmetric.importlib.util, "find_spec", lambda name: None)
+    assert symmetric._addresses(handle) is None
+
+
 def test_an_open_workspace_is_kept_while_ranks_talk_of_it(monkeypatch):
     """Its last layer may be garbage by then, and be collected on one rank alone."""
     group = SimpleNamespace(size=lambda: 2, group_name="g")
