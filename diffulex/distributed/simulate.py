@@ -246,7 +246,7 @@ def _combine(scenario: Scenario, shares: Sequence[float], *, links: Links, devic
         return added + _back(ranks * read, ranks, links=links, rate=rate)
     # all that is for peers goes into the buffer; a peer reads the slots of this rank's experts alone, and writes them
     # while others are on their way
-    across = read * max(1 - min(shares), (ranks - 1) * share)
+    across = read * (ranks - 1) * share  # out of the busiest rank
     copied = 2 * (ranks - 1) * read / rate + max(across / links.memory_bandwidth, 2 * read / rate)
     return added + _KERNEL + links.memory_latency + copied
 

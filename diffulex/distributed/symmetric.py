@@ -256,10 +256,10 @@ def workspace_for(group: ProcessGroup, device_type: str, *, num_bytes: int) -> W
     memory = _on_all(group, _tried(lambda: _allocate(num_bytes)))
     if isinstance(memory, Reason):  # on all ranks: who went on would wait for the one that failed
         return memory
-    handle = _on_all(group, _tried(lambda: _share(memory, group)))
-    if isinstance(handle, Reason):
-        return handle
-    addresses_R = _addresses(handle)  # now: a CUDA graph could not bring them to the device
+    shared = _on_all(group, _tried(lambda: _shared(memory, group)))
+    if isinstance(shared, Reason):
+        return shared
+    handle, addresses_R = shared
     return Workspace(handle, num_bytes, key=key, group=group, memory=memory, addresses_R=addresses_R)
 
 
@@ -332,6 +332,12 @@ def _allocate(num_bytes: int) -> Tensor:
 
     device = torch.device("cuda", torch.cuda.current_device())
     return _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
+
+
+def _shared(memory: Tensor, group: ProcessGroup) -> tuple[Handle, Tensor | None]:
+    """Memory that all ranks have, and its addresses: now, as a CUDA graph could not bring them to the device."""
+    handle = _share(memory, group)
+    return handle, _addresses(handle)
 
 
 def _share(memory: Tensor, group: ProcessGroup) -> Handle:

@@ -85,13 +85,14 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
         for name in self._in_parts:  # they gain by what overlaps, however many bytes there are
             needs[name] = bytes_in_parts(self.capacity, row_bytes, top_k=self.plan.top_k, size=self.size)
             refusals[name] = None
-        largest = max((need for name, need in needs.items() if refusals[name] is None), default=None)
-        if largest is None:
-            return None, refusals
-        found = workspace_for(self.plan.parallel.group, self.plan.parallel.mesh.device_type, num_bytes=largest)
-        if isinstance(found, Reason):
-            return None, {name: refusals[name] or found for name in needs}
-        return found, refusals
+        while wanted := {name: need for name, need in needs.items() if refusals[name] is None}:
+            largest = max(wanted.values())
+            found = workspace_for(self.plan.parallel.group, self.plan.parallel.mesh.device_type, num_bytes=largest)
+            if not isinstance(found, Reason):
+                return found, refusals
+            # there may be memory for the others: on all ranks, which were told the same reason
+            refusals |= {name: found for name, need in wanted.items() if need == largest}
+        return None, refusals
 
     @property
     def _in_parts(self) -> tuple[str, ...]:

@@ -157,6 +157,9 @@ def test_ten_thousand_bytes_over_a_link():
     load = tuple([3.0] * 8 + [1.0] * 8)
     uneven = simulate(Scenario(SMALL, 2, 100, "static", load=load), links=links, device=FAST)
     assert uneven.combine == pytest.approx(100 * 4 * 2048 * 0.75 / 1e6, rel=1e-3)
+    load = tuple([2.0] * 4 + [1.0] * 12)
+    busiest = simulate(Scenario(SMALL, 4, 100, "static", load=load), links=links_of(4, 1e6), device=FAST)
+    assert busiest.combine == pytest.approx(100 * 4 * 2048 * 3 * 0.4 / 1e6, rel=1e-3)  # two fifths, to three others
     summed = simulate(Scenario(SMALL, 2, 100, "sums"), links=links, device=FAST)
     assert summed.combine == pytest.approx(100 * 2048 / 1e6, rel=1e-3)
     reduced = simulate(Scenario(SMALL, 2, 100, "tp"), links=links, device=FAST)

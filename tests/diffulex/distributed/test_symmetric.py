@@ -19,8 +19,10 @@ from diffulex.distributed.symmetric import (
     disagreement,
     gather_op,
     offsets_of,
+    rows_at,
     rows_of_ranks_op,
     workspace_for,
+    workspace_of,
 )
 from diffulex.distributed.tokens import Route, bytes_to_ranks
 from lowering.errors import MoERangeError, MoEStageError, ReasonCode
@@ -115,6 +117,27 @@ def test_rows_of_ranks_are_those_of_all_to_all(size, count, dtype, random):
         assert found.dtype == dtype and found.shape == (len(places), 4)
         for row, place in zip(found, places, strict=True):
             assert torch.equal(row, every[place] if place >= 0 else torch.zeros_like(row))
+
+
+def test_kernels_read_between_the_barriers(monkeypatch):
+    """With the number of their rank and the addresses, as the stand-in for the kernel finds rows by both."""
+    size, places_N = 3, torch.tensor([5, -1, 0, 3])
+
+    def rows_of_ranks(rows, places_N, addresses_R, *, own):
+        space = workspace_of(f"threads/{own}")
+        assert addresses_R.tolist() == [own] * size and space.handle.barriers % 2 == 1
+        return rows_at(torch.cat(space._lent(rows)), places_N)
+
+    monkeypatch.setattr(symmetric, "launcher", lambda: SimpleNamespace(rows_of_ranks=rows_of_ranks))
+
+    def run(space):
+        rank = space.handle.rank
+        space._addresses_R = torch.tensor([rank] * size)
+        rows = drawn(2 * size, 4, dtype=torch.float32, seed=rank)
+        return space.rows_of_ranks(rows, places_N), rows_at(space.all_to_all(rows), places_N)
+
+    for found, wanted in on_threads(size, 256, run):
+        assert torch.equal(found, wanted)
 
 
 def test_exchanges_follow_one_another_in_one_buffer():

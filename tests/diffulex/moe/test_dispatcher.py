@@ -35,6 +35,8 @@ from lowering.errors import (
     MoEShapeError,
     MoEStageError,
     MoEUnsupportedError,
+    Reason,
+    ReasonCode,
 )
 from lowering.settings import Settings
 from tests.support.catalogue import raises_catalogue
@@ -526,6 +528,10 @@ def test_how_static_exchanges_travel_is_said(mesh, monkeypatch):
     assert first.transport == f"dispatch by symmetric memory; combine by {slower}"
     assert first._route("dispatch", 8).workspace is not None and first._route("combine", 8).workspace is None
     assert neither.workspace is None and "is for 10240 bytes" in neither.transport
+    slots = build_token_dispatcher("static", dataclasses.replace(plan, row_bytes=220))
+    summed = dataclasses.replace(plan.parallel, exact=False, dispatcher="static", max_tokens_per_rank=5)
+    sums = build_token_dispatcher("static", dataclasses.replace(plan, parallel=summed, row_bytes=440))
+    assert slots.refusals["combine"] is None and "is for 2304 bytes" in str(sums.refusals["combine"])
     parts = ParallelConfig(mesh, dim="ep", dispatcher="static", max_tokens_per_rank=5, exact=False, chunks=3)
     apart = build_token_dispatcher("static", dataclasses.replace(plan, parallel=parts, row_bytes=999))
     assert apart.transport.endswith("; parts by symmetric memory") and apart.capacity == 6
@@ -552,3 +558,21 @@ def test_rows_of_any_width_fit_the_memory(mesh, monkeypatch, exact, width):
     wanted = ((ids >= 0) & (ids < EXPERTS)).mul(weights).sum(1, keepdim=True) * hidden
     torch.testing.assert_close(found.combine(identity(out), out.metadata), wanted)
     assert found.transport == "dispatch by symmetric memory; combine by symmetric memory"
+    assert found.workspace.handle.barriers == 4
+
+
+def test_an_exchange_without_memory_leaves_the_others_theirs(mesh, monkeypatch):
+    asked = []
+
+    def scarce(group, device_type, *, num_bytes):
+        asked.append(num_bytes)
+        if num_bytes > 1024:
+            return Reason(ReasonCode.PEERS, "on rank 1: OutOfMemoryError")
+        return workspace_of_processes(group, device_type, num_bytes=num_bytes)
+
+    monkeypatch.setattr(static_dispatcher, "workspace_for", scarce)
+    found = build_token_dispatcher("static", dataclasses.replace(plan_of(mesh), row_bytes=144))
+    assert found.transport == (
+        "dispatch by symmetric memory; combine by collectives (PEERS: on rank 1: OutOfMemoryError)"
+    )
+    assert asked == [1536, 1024] and found.workspace.num_bytes == 1024

@@ -424,6 +424,18 @@ def test_exchanges_compile_into_one_graph(pair, name, how, memory, train):
                 assert_near_exact(found[key], value, what=key)
 
 
+@pytest.mark.parametrize("how", ["naive", "static", "sums"])
+@pytest.mark.parametrize(("single", "most"), [((), 3), (((1, 1),), 4)])
+def test_graphs_for_the_first_number_all_others_none_and_one(pair, how, single, most):
+    """In this order; with `STEPS`, where the first numbers are none and one, these count as the first."""
+    case = Case(SPECS["qwen3"], (), torch.float64, EXCHANGES[how])
+    steps = ((5, 9), (0, 5), (9, 0), *single, (3, 7), (0, 0), (4, 8), (7, 3))
+    for told in pair.run(rank_cases.run_compiled, case, 2, "aot_eager", steps, False):
+        assert told["graphs"] <= most
+        for found, wanted in told["results"]:
+            assert_near_exact(found["out"], wanted["out"])
+
+
 def test_compiled_code_holds_what_of_the_naive_exchange_has_a_shape(pair):
     """Without `fullgraph`, where the graph breaks; the graphs around serve every routing soon."""
     case = Case(SPECS["qwen3"], (9, 4), torch.bfloat16, EXCHANGES["naive"])

@@ -60,6 +60,15 @@ def test_any_dtype_and_width_by_words_that_fit(monkeypatch, dtype, width, skippe
     assert found.dtype == dtype and torch.equal(found, rows_at(rows, places_N))
 
 
+@pytest.mark.parametrize(("width", "skipped"), [(4, 0), (8, 0), (8, 4), (16, 8)])
+def test_nothing_is_promised_of_addresses_that_does_not_hold(monkeypatch, width, skipped):
+    given = {}
+    monkeypatch.setattr(standalone, "launch", lambda text, tensors, **options: given.update(options["constants"]))
+    rows = torch.zeros(3 * width + skipped, dtype=torch.bfloat16)[skipped:].view(3, width)
+    eager.rows_of_ranks(rows, torch.tensor([0]), torch.zeros(1, dtype=torch.int64), own=0)
+    assert given["ALIGNED"] == (rows.data_ptr() % 16 == 0 and 2 * width % 16 == 0)
+
+
 @pytest.mark.parametrize("aligned", [True, False])
 def test_loads_are_as_wide_as_addresses_allow(aligned):
     rows, places, bases = (on_meta(*shape, dtype=torch.int64) for shape in ((64, 1792), (16,), (2,)))
