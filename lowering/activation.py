@@ -249,8 +249,8 @@ def _build(node: ast.expr) -> Callable[[Tensor, Tensor], Any]:
     """A checked tree as a function of gate and up [N, I]: a tensor, or a number where no operand is a tensor."""
     match node:
         case ast.Constant(value=int() | float() as value):
-            number = float(value)
-            return lambda gate, up: number
+            text = float(value).hex()  # Dynamo takes a float of a closure for an input, with `dynamic=True`
+            return lambda gate, up: float.fromhex(text)
         case ast.Name(id="g"):
             return lambda gate, up: gate
         case ast.Name():

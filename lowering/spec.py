@@ -97,6 +97,20 @@ class RoutingSpec:
     jitter: float = 0.0
     apply_weight_on: str = "output"
 
+    def __post_init__(self) -> None:
+        numbers = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        texts = {name: value.hex() for name, value in numbers.items() if isinstance(value, float)}
+        object.__setattr__(self, "_texts", texts)
+
+    def number(self, name: str) -> Any:
+        """The option `name` as a constant for code that is compiled.
+
+        Dynamo takes floats that an object holds for inputs of the graph with `dynamic=True`, and compiles a second time
+        where code or an op needs their values; what a text says is a constant.
+        """
+        text: str | None = self._texts.get(name)  # type: ignore[attr-defined]
+        return getattr(self, name) if text is None else float.fromhex(text)
+
     @classmethod
     def of_op(cls, given: Mapping[str, Any]) -> RoutingSpec:
         """The spec of a call of `diffulex::moe_route` from its arguments by name; other names are passed over."""
@@ -110,7 +124,7 @@ class RoutingSpec:
     @property
     def norm(self) -> float:
         """`renorm`, 0 where `renorm_if_k1` leaves the division out."""
-        return float(self.renorm) if self.renorm_if_k1 or self.top_k > 1 else 0.0
+        return float(self.number("renorm")) if self.renorm_if_k1 or self.top_k > 1 else 0.0
 
     def num_logits(self, num_experts: int) -> int:
         """Columns of the logits, E + num_null + n_shared."""
@@ -120,8 +134,9 @@ class RoutingSpec:
         """The scalar arguments of `diffulex::moe_route`, in schema order."""
         # not `dataclasses.astuple`: it copies deeply, and Dynamo breaks the graph there in torch 2.11
         choice = (self.top_k, self.score, self.n_group, self.topk_group, self.group_score, self.group_fill)
-        scores = (self.softcap, self.score_dtype, self.select_on, self.bias_in_weights)
-        return (*choice, self.norm, self.eps, self.scale, *scores, self.eps_mode, self.n_shared)
+        numbers = (self.norm, self.number("eps"), self.number("scale"), self.number("softcap"))
+        scores = (self.score_dtype, self.select_on, self.bias_in_weights)
+        return (*choice, *numbers, *scores, self.eps_mode, self.n_shared)
 
     def check(self, num_experts: int) -> None:
         """Raise `MoERangeError` or `MoEOptionError` where the options have no meaning for `num_experts`."""

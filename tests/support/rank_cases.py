@@ -202,7 +202,13 @@ def run_training(rank: int, case: Case, size: int, replicas: int) -> dict[str, T
 
 
 def run_compiled(
-    rank: int, case: Case, size: int, backend: str, steps: tuple[tuple[int, ...], ...], train: bool
+    rank: int,
+    case: Case,
+    size: int,
+    backend: str,
+    steps: tuple[tuple[int, ...], ...],
+    train: bool,
+    dynamic: bool | None = None,
 ) -> dict[str, Any]:
     """The layer compiled as one graph, over changing numbers of tokens: its graphs, and results beside eager ones."""
     from torch._dynamo.backends.registry import lookup_backend
@@ -214,7 +220,7 @@ def run_compiled(
         graphs.append(len(inputs))
         return lookup_backend(backend)(graph, inputs)
 
-    compiled = torch.compile(layer, fullgraph=True, backend=counting)
+    compiled = torch.compile(layer, fullgraph=True, backend=counting, dynamic=dynamic)
     results = []
     for seed, counts in enumerate(steps):
         generator = torch.Generator().manual_seed(rank + 10 * seed)

@@ -79,6 +79,9 @@ class TokenDispatcher(ABC, Generic[M]):
         padded = [[*of_expert, *of_expert[:1] * (most - len(of_expert))] for of_expert in ranks]
         self.ranks_of_expert = torch.tensor(padded, dtype=torch.int32, device=device)
         self.rows_of_expert = torch.tensor(rows, dtype=torch.int32, device=device)
+        for table in (self.num_copies, self.ranks_of_expert, self.rows_of_expert):
+            # with `dynamic=True` a size of theirs that is equal to the number of tokens would be taken for that
+            torch._dynamo.mark_static(table)
         # Two attributes instead of one stage: what a call reads is the same before every call, so compiled code stays.
         self._pending: M | None = None
         self._combined = False

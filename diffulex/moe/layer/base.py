@@ -89,7 +89,7 @@ class FusedMoE(nn.Module, ABC):
         self._check_width("hidden_states", hidden_states)
         hidden_TH = hidden_states.reshape(-1, self.hidden_size)
         read_TH = hidden_TH if router_input is None else router_input.reshape(-1, router_input.shape[-1])
-        if self.spec.routing.jitter and self.training:
+        if self.spec.routing.number("jitter") and self.training:
             noise_TH = self._noise(hidden_TH)
             hidden_TH, read_TH = hidden_TH * noise_TH, read_TH * noise_TH
         topk = self.route(read_TH, logits=router_logits, ids=topk_ids)
@@ -177,7 +177,7 @@ class FusedMoE(nn.Module, ABC):
 
     def _noise(self, hidden_TH: Tensor) -> Tensor:
         """The uniform noise of `routing.jitter` around 1, [T, H] in the dtype of hidden [T, H]."""
-        jitter = self.spec.routing.jitter
+        jitter = self.spec.routing.number("jitter")
         return torch.empty_like(hidden_TH).uniform_(1 - jitter, 1 + jitter)
 
     def _null_experts(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:

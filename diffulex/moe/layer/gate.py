@@ -71,7 +71,9 @@ class RouterGate(nn.Module):
         spec, inputs_TH = self.spec, hidden_TH
         if self.input_scale is not None:
             inputs_TH = (
-                self._normed(inputs_TH, spec.input_norm_eps or 0.0) * self.input_scale * inputs_TH.shape[1] ** -0.5
+                self._normed(inputs_TH, spec.number("input_norm_eps") or 0.0)
+                * self.input_scale
+                * inputs_TH.shape[1] ** -0.5
             )
         if spec.logits_dtype is None:
             logits_TC = functional.linear(inputs_TH, self.weight, self.bias)
@@ -80,7 +82,8 @@ class RouterGate(nn.Module):
             bias_C = None if self.bias is None else self.bias.to(dtype)
             with _no_autocast(hidden_TH.device):
                 logits_TC = functional.linear(inputs_TH.to(dtype), self.weight.to(dtype), bias_C)
-        return logits_TC if spec.logits_scale == 1 else logits_TC * spec.logits_scale
+        scale = spec.number("logits_scale")
+        return logits_TC if scale == 1 else logits_TC * scale
 
     @staticmethod
     def _normed(hidden_TH: Tensor, eps: float) -> Tensor:

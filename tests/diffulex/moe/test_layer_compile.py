@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 
 import diffulex
@@ -52,6 +53,24 @@ def test_training_in_at_most_three_graphs(name):
         for key, value in found.items():
             assert_near_exact(value, wanted[key], what=f"{key}, {tokens} tokens")
     assert counters["stats"]["unique_graphs"] <= 3
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", SPECS)
+def test_a_dynamic_graph_is_made_once(name, train):
+    """What a spec says is no input of it, whose value an op would ask for when all is compiled, and again then."""
+    layer, graphs = make_layer(SPECS[name]).train(train), []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(layer, backend=counting, fullgraph=True, dynamic=True)
+    for tokens in (5, 9, 2):
+        inputs = make_inputs(SPECS[name], tokens, seed=tokens)
+        with torch.set_grad_enabled(train):
+            compiled(inputs.hidden_TH, **inputs.given)
+    assert len(graphs) == 1
 
 
 @pytest.mark.slow

@@ -436,6 +436,20 @@ def test_graphs_for_the_first_number_all_others_none_and_one(pair, how, single, 
             assert_near_exact(found["out"], wanted["out"])
 
 
+@pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("how", ["naive", "static", "sums"])
+@pytest.mark.parametrize("first", [(5, 9), (0, 1), (4, 6)])
+def test_dynamic_graphs_for_none_one_and_all_others(pair, how, first, train):
+    """In any order, also where a table of the exchange has as many rows as there are tokens."""
+    case = Case(SPECS["qwen3"], (), torch.float64, EXCHANGES[how])
+    steps = (first, (0, 5), (9, 0), (1, 1), (3, 7), (0, 0), (4, 8), (7, 3))
+    for told in pair.run(rank_cases.run_compiled, case, 2, "aot_eager", steps, train, True):
+        assert told["graphs"] <= 3
+        for found, wanted in told["results"]:
+            for key, value in wanted.items():
+                assert_near_exact(found[key], value, what=key)
+
+
 def test_compiled_code_holds_what_of_the_naive_exchange_has_a_shape(pair):
     """Without `fullgraph`, where the graph breaks; the graphs around serve every routing soon."""
     case = Case(SPECS["qwen3"], (9, 4), torch.bfloat16, EXCHANGES["naive"])
