@@ -3,8 +3,9 @@
     python -m benchmarks.bench_host_time --shapes qwen3 llada2 --tokens 1 8
 
 The clock is the host's and stops before the device has finished; between stretches of calls the device catches up, so
-that a full launch queue is not what is timed. Each variant is compiled on its own: with diffulex by Inductor's Python
-wrapper and by its C++ wrapper, and stock by the former.
+that a full launch queue is not what is timed. Each variant is compiled on its own: by Inductor's Python wrapper, the
+same without evaluating guards (`skip_guard_eval_unsafe`), by its C++ wrapper, and ahead of time by AOTInductor; beside
+them stock, and `x + 1`, which shows what any compiled call pays.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 import diffulex
 from diffulex.benching.inputs import make_inputs
@@ -24,6 +27,7 @@ from diffulex.benching.peers import compiled
 from diffulex.benching.shapes import SHAPES, case_of_shape
 
 STRETCHES, CALLS = 20, 20
+Arguments = tuple[Tensor, ...]
 
 
 def host_micros(call: Callable[[], object]) -> float:
@@ -38,14 +42,65 @@ def host_micros(call: Callable[[], object]) -> float:
     return statistics.median(times[CALLS:]) * 1e6
 
 
-def measure(layer: Layer, tokens: int, *, stock: bool, cpp_wrapper: bool) -> float:
+def _compiled(layer: Layer) -> Callable[..., object]:
+    return compiled(layer, "topk", early=False).run  # Inductor has no fast launcher for kernels that do
+
+
+@contextlib.contextmanager
+def _stock(layer: Layer, _: Arguments) -> Iterator[Callable[..., object]]:
+    with diffulex.disabled():
+        yield _compiled(layer)
+
+
+@contextlib.contextmanager
+def _python(layer: Layer, _: Arguments) -> Iterator[Callable[..., object]]:
+    yield _compiled(layer)
+
+
+@contextlib.contextmanager
+def _unguarded(layer: Layer, arguments: Arguments) -> Iterator[Callable[..., object]]:
+    run = _compiled(layer)
+    run(*arguments)
+    with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+        yield run
+
+
+@contextlib.contextmanager
+def _cpp(layer: Layer, _: Arguments) -> Iterator[Callable[..., object]]:
+    with torch._inductor.config.patch(cpp_wrapper=True):
+        yield _compiled(layer)
+
+
+@contextlib.contextmanager
+def _ahead(layer: Layer, arguments: Arguments) -> Iterator[Callable[..., object]]:
+    program = torch.export.export(layer.with_implementation("grouped_mm"), arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        path = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/experts.pt2")
+        yield torch._inductor.aoti_load_package(path)
+
+
+@contextlib.contextmanager
+def _plus_one(_: Layer, __: Arguments) -> Iterator[Callable[..., object]]:
+    run = torch.compile(lambda hidden_TH: hidden_TH + 1, fullgraph=True, dynamic=False)
+    yield lambda hidden_TH, *rest: run(hidden_TH)
+
+
+VARIANTS = {
+    "Python": _python,
+    "no guards": _unguarded,
+    "C++": _cpp,
+    "AOTInductor": _ahead,
+    "stock": _stock,  # its grouped product has no entry in the C++ wrapper
+    "x + 1": _plus_one,
+}
+
+
+def measure(layer: Layer, tokens: int, variant: str) -> float:
     """Host microseconds of a call of the experts at T tokens, compiled for the variant."""
-    hidden_TH, ids_TK, weights_TK = make_inputs(layer.case.shape, tokens, sets=1)[0].of("topk")
+    arguments = make_inputs(layer.case.shape, tokens, sets=1)[0].of("topk")
     torch._dynamo.reset()
-    side = diffulex.disabled() if stock else contextlib.nullcontext()
-    with torch.no_grad(), side, torch._inductor.config.patch(cpp_wrapper=cpp_wrapper):
-        run = compiled(layer, "topk", early=False).run  # Inductor has no fast launcher for kernels that do
-        return host_micros(lambda: run(hidden_TH, ids_TK, weights_TK))
+    with torch.no_grad(), VARIANTS[variant](layer, arguments) as run:
+        return host_micros(lambda: run(*arguments))
 
 
 def main() -> None:
@@ -54,15 +109,13 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["qwen3"], choices=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1])
     arguments = parser.parse_args()
-    # stock's grouped product has no entry in the C++ wrapper
-    variants = [(False, False), (False, True), (True, False)]
-    print(f"{torch.cuda.get_device_name()}, host microseconds of a call; C++: Inductor's C++ wrapper")
-    print("shape   tokens  diffulex  diffulex C++     stock")
+    print(f"{torch.cuda.get_device_name()}, host microseconds of a call")
+    print("shape   tokens " + " ".join(f"{name:>11}" for name in VARIANTS))
     for name in arguments.shapes:
         layer = build_layer(case_of_shape(name), dtype=torch.bfloat16, device=torch.device("cuda"))
         for tokens in arguments.tokens:
-            times = [measure(layer, tokens, stock=stock, cpp_wrapper=cpp) for stock, cpp in variants]
-            print(f"{name:7} {tokens:6} {times[0]:9.1f} {times[1]:13.1f} {times[2]:9.1f}", flush=True)
+            times = [measure(layer, tokens, variant) for variant in VARIANTS]
+            print(f"{name:7} {tokens:6} " + " ".join(f"{micros:11.1f}" for micros in times), flush=True)
 
 
 if __name__ == "__main__":
