@@ -160,6 +160,7 @@ def test_nothing_but_time_depends_on_the_count(monkeypatch):
         monkeypatch.setattr(standalone, "launch", counted)
         assert all(map(torch.equal, wanted, chain(*found, form, specialized(form)))), name
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(50_000_000)  # cycles, in which the host gets ahead: what it takes is not measured
         begin.record()
         chain(*found, form, specialized(form))
         end.record()
