@@ -14,8 +14,9 @@ All this takes that whatever begins early in the stream waits. The kernels that 
 by `_compat.begin_early`. Under `enable_pdl` alone they would not always: where `_compat` does not know an Inductor's
 methods, nothing of ours begins early there.
 
-Weights are read after the wait, too: in a graph with an optimizer step the kernel before may have written them. Reading
-them ahead would be right where they are inputs of an inference graph and nothing in it writes to them.
+Weights are read after the wait, too: in a graph with an optimizer step the kernel before may have written them. Ahead
+of it they are read, with the ids, by one token's second GEMM alone (`vectors`): nothing in the graph writes to them,
+and what wrote them before it, or the ids in it, had ended when the first GEMM had waited, as it has when this begins.
 
 Inductor's C++ launcher knows no launch attributes, so such kernels are launched from Python. A CUDA graph pays for that
 once; a graph of which Inductor then makes none (it changes its inputs, say) pays at every call. Without CUDA graphs
