@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from .errors import MoEOptionError, MoERangeError
 
@@ -22,6 +22,7 @@ SELECTS = ("scores", "logits")
 NULLS = ("identity", "skip")
 WEIGHT_PLACES = ("output", "input")
 DTYPES = (None, "float32", "bfloat16", "float16", "float64")
+_FLOATS = ("renorm", "eps", "scale", "softcap", "logits_scale", "input_norm_eps", "jitter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +97,11 @@ class RoutingSpec:
     input_norm_eps: float | None = None
     jitter: float = 0.0
     apply_weight_on: str = "output"
+    _texts: ClassVar[Mapping[str, str]] = {}  # of each spec its own, but for pickles that are older
 
     def __post_init__(self) -> None:
-        numbers = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        texts = {name: value.hex() for name, value in numbers.items() if isinstance(value, float)}
+        told = ((name, getattr(self, name)) for name in _FLOATS)
+        texts = {name: value.hex() for name, value in told if isinstance(value, float)}
         object.__setattr__(self, "_texts", texts)
 
     def number(self, name: str) -> Any:
@@ -108,7 +110,7 @@ class RoutingSpec:
         Dynamo takes floats that an object holds for inputs of the graph with `dynamic=True`, and compiles a second time
         where code or an op needs their values; what a text says is a constant.
         """
-        text: str | None = self._texts.get(name)  # type: ignore[attr-defined]
+        text = self._texts.get(name)
         return getattr(self, name) if text is None else float.fromhex(text)
 
     @classmethod

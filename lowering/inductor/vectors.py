@@ -61,7 +61,7 @@ def lower_vectors(variant: ExpertGemmVariant, inputs: list[Any], *, ids: Any) ->
 
 def dtype_of_summed(slots: Any) -> torch.dtype | None:
     """The dtype of slots [K, H] in whose place the IR node is their sum [1, H] fp32, or None: it is the slots."""
-    return _sums.get(_compat.V.graph, {}).get(slots.get_name())
+    return _sums.get(_compat.V.graph, {}).get(slots.maybe_get_name())  # None of what is no buffer
 
 
 @functools.cache

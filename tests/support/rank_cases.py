@@ -230,7 +230,8 @@ def run_compiled(
                 results.append([layer_results(which, hidden_TH) for which in (compiled, layer)])
             else:
                 results.append([{"out": which(hidden_TH)[0]} for which in (compiled, layer)])
-    return {"graphs": len(graphs), "results": results, "stage": layer.dispatcher.stage.name}
+    stage = layer.dispatcher.stage.name if case.mode == "ep" else None
+    return {"graphs": len(graphs), "results": results, "stage": stage}
 
 
 def run_without_history(rank: int, case: Case, size: int) -> list[list[Tensor | None]]:

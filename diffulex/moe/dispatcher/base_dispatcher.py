@@ -14,6 +14,7 @@ from lowering.errors import MoERangeError, MoEStageError
 
 from ...distributed.parallel import ParallelConfig
 from ...distributed.placement import ExpertPlacement
+from ...distributed.static_sizes import mark_static
 from ..metadata import DispatcherStage
 
 M = TypeVar("M")
@@ -79,9 +80,7 @@ class TokenDispatcher(ABC, Generic[M]):
         padded = [[*of_expert, *of_expert[:1] * (most - len(of_expert))] for of_expert in ranks]
         self.ranks_of_expert = torch.tensor(padded, dtype=torch.int32, device=device)
         self.rows_of_expert = torch.tensor(rows, dtype=torch.int32, device=device)
-        for table in (self.num_copies, self.ranks_of_expert, self.rows_of_expert):
-            # with `dynamic=True` a size of theirs that is equal to the number of tokens would be taken for that
-            torch._dynamo.mark_static(table)
+        mark_static(self.num_copies, self.ranks_of_expert, self.rows_of_expert)
         # Two attributes instead of one stage: what a call reads is the same before every call, so compiled code stays.
         self._pending: M | None = None
         self._combined = False

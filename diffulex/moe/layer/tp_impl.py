@@ -10,6 +10,7 @@ from lowering.reference.moe_block import ExpertWeights
 
 from ...distributed.collectives import copy_to_ranks, of_first_rank, sum_of_ranks
 from ...distributed.parallel import ParallelConfig
+from ...distributed.static_sizes import mark_static
 from .sharded import ShardedFusedMoE
 
 
@@ -33,6 +34,7 @@ class TPFusedMoE(ShardedFusedMoE):
             for row, expert in enumerate(self.owned_experts):
                 rows[expert] = row
             self._row_of_expert = torch.tensor(rows, dtype=torch.int32, device=parallel.mesh.device_type)
+            mark_static(self._row_of_expert)
 
     def run_experts(self, hidden_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
         """Weighted sum of the routed experts: [T, H] floating, for hidden [T, H], weights [T, K] and ids [T, K] int."""

@@ -437,12 +437,20 @@ def test_graphs_for_the_first_number_all_others_none_and_one(pair, how, single, 
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("how", ["naive", "static", "sums"])
-@pytest.mark.parametrize("first", [(5, 9), (0, 1), (4, 6)])
+@pytest.mark.parametrize(
+    ("how", "first"),
+    [
+        *((how, first) for how in ("naive", "static", "sums") for first in ((5, 9), (0, 1), (4, 6))),
+        *((how, (9, 9)) for how in SPLITS),
+    ],
+)
 def test_dynamic_graphs_for_none_one_and_all_others(pair, how, first, train):
-    """In any order, also where a table of the exchange has as many rows as there are tokens."""
-    case = Case(SPECS["qwen3"], (), torch.float64, EXCHANGES[how])
-    steps = (first, (0, 5), (9, 0), (1, 1), (3, 7), (0, 0), (4, 8), (7, 3))
+    """In any order, also where a table of the layer has as many rows as there are tokens."""
+    case = Case(SPECS["qwen3"], (), torch.float64, {**EXCHANGES, **SPLITS}[how])
+    if case.mode == "tp":  # all ranks have the same tokens
+        steps = (first, (0, 0), (5, 5), (1, 1), (3, 3))
+    else:
+        steps = (first, (0, 5), (9, 0), (1, 1), (3, 7), (0, 0), (4, 8), (7, 3))
     for told in pair.run(rank_cases.run_compiled, case, 2, "aot_eager", steps, train, True):
         assert told["graphs"] <= 3
         for found, wanted in told["results"]:

@@ -2,10 +2,13 @@
 
 import dataclasses
 import re
+import textwrap
 
 import pytest
 import torch
 import triton
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lowering.activation import canonical, is_gated
 from lowering.errors import MoEUnsupportedError, ReasonCode
@@ -200,6 +203,23 @@ def test_a_program_waits_for_the_others_but_not_for_good(others, goal, patience,
     names = {"gl": language}
     exec(function, names)
     assert names["_keep_step"](None, goal, patience) == left and language.polls == polls
+
+
+@given(st.lists(st.integers(1, 192), min_size=1, max_size=12))
+def test_groups_share_the_parts_of_tiles_whatever_their_rows(rows_of_tiles):
+    """Each part is one group's, and a tile's first one that of the group which comes behind the last tile's last."""
+    text = eager.up_variant(torch.bfloat16, act="silu(g) * u", bias=False)
+    text = text.scheduled(GATED, depth=64, strides=(256 * 64, 64, 1)).source()
+    (lines,) = re.findall(r"^ +part = .*\n +turn = .*\n", text, flags=re.MULTILINE)
+    names = [{"PART": part, "turn": 0} for part in range(3)]
+    begun = 0
+    for rows in rows_of_tiles:
+        for group in names:
+            exec(textwrap.dedent(lines), group | {"start": 7, "end": 7 + rows}, group)
+        assert sorted(group["part"] for group in names) == [0, 1, 2]
+        first = next(group["PART"] for group in names if group["part"] == 0)
+        assert first == begun % 3
+        begun += -(-rows // 64)
 
 
 REFUSED = {
