@@ -11,7 +11,7 @@ from lowering.after_import import after_import
 
 
 def mark_static(*tables: Tensor) -> None:
-    """Have Dynamo take all sizes of these tensors, of any shape and dtype, for constants.
+    """Have Dynamo take all sizes of these tensors, of any shape [R, E] and dtype, for constants.
 
     Parameters are so; of another tensor a size that equals the number of tokens of the first call would be taken for
     that. Marked when Dynamo is imported, which takes a second that eager mode does without.
