@@ -192,7 +192,8 @@ def expert_gemm(
 ) -> Any:
     """Lower one of the two expert GEMMs; `inputs` stand in the order of the template's `def_kernel`.
 
-    Rows of no expert that nobody reads are left as they are.
+    Rows of no expert that nobody reads are left as they are. The result of one token's down stage may be the sum of its
+    slots, for `moe_combine` alone (`vectors.dtype_of_summed`).
     With `shared`, which takes a schedule without descriptors, the result is a pair: [N, W], and the shared one [T, S].
     """
     inputs = _compat.realize_inputs(*inputs)
@@ -333,19 +334,20 @@ def _moe_expert_grad_weight(left: Any, right: Any, left_index: Any, right_index:
 
 @_compat.register_lowering(_OPS.moe_combine.default, type_promotion_kind=None)
 def _moe_combine(slots: Any, weights: Any, ids: Any = None, num_experts: int = 0) -> Any:
-    """Inductor IR, so it folds into one kernel with the residual and the next norm; K terms in slot order.
+    """Inductor IR, so it folds into one kernel with the residual and the next norm; K terms in slot order. One token's
+    slots may have been added up before, see `vectors`.
 
     Each is added as eager mode does it, a product that is not rounded: the same bits whatever the kernel is fused with.
     """
-    reason = refusal(slots) or refusal(weights)
-    if reason is not None:
-        return fallback_noted(_OPS.moe_combine.default, reason, slots, weights, ids, num_experts)
     lower = _compat.lowerings
     aten, prims = torch.ops.aten, torch.ops.prims
     summed = dtype_of_summed(slots)
     if summed is not None:
         note("moe_combine", "in the kernel of moe_expert_down")
         return lower[prims.convert_element_type.default](slots, summed)
+    reason = refusal(slots) or refusal(weights)
+    if reason is not None:
+        return fallback_noted(_OPS.moe_combine.default, reason, slots, weights, ids, num_experts)
     num_tokens, top_k = weights.get_size()
     top_k = _compat.static_size(top_k)
     slots_TKH = lower[aten.view.default](slots, [num_tokens, top_k, slots.get_size()[1]])

@@ -1,13 +1,14 @@
 """The experts of one token as products with vectors, where their slots stay as they are (`unsorted_slots`).
 
 Two kernels in place of three: the down stage adds up the slots where nothing but `moe_combine` reads them, and reads
-weights before the kernel ahead of it has ended, where these are inputs that only expert GEMMs read. That kernel has
-read the ids, which are there since; so are weights, see `early`.
+ids and weights before the kernel ahead of it has ended, where these weights are inputs that only expert GEMMs read. The
+first GEMM, somewhere before, had waited for whatever wrote them, see `early`.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..templates.render import ExpertGemmVariant
 from ..templates.vectors import VectorSum, VectorUp
 from . import _compat
 from .early import begins_early, told
+from .gemm_plan import KERNEL_DTYPES
 
 _OPS = torch.ops.diffulex
 # by graph: buffers [1, H] that hold the sum of slots, in the place of the slots, and the dtype of these
@@ -49,8 +51,9 @@ def lower_vectors(variant: ExpertGemmVariant, inputs: list[Any], *, ids: Any) ->
         width = _compat.static_size(node.meta["val"].shape[1])
         up = VectorUp(top_k, width, depth, num_experts, size, act=variant.act, interleaved=variant.interleaved)
         return _run(up, [hidden, weight, ids], hidden.get_dtype(), [top_k, width])
-    weights = _weights_of_sum(node)
-    if weights is None:
+    combine = _sum_of(node)
+    weights = None if combine is None else _compat.V.graph.env.get(arguments(combine)["weights"])
+    if weights is None:  # computed later
         return None
     total = VectorSum(top_k, rows, depth, num_experts, size, ahead=_nobody_writes(arguments(node)["w2"]))
     inputs = [hidden, weight, ids, _compat.realize_inputs(weights)]
@@ -83,8 +86,8 @@ def _run(kernel: VectorUp | VectorSum, inputs: list[Any], dtype: torch.dtype, si
     return result, f"triton {kernel.name}{told(early)}"
 
 
-def _weights_of_sum(down: Node) -> Any | None:
-    """The IR node of the weights [1, K] with which all that `moe_expert_down` makes is added up, or None."""
+def _sum_of(down: Node) -> Node | None:
+    """The `moe_combine` that alone reads one token's slots of `moe_expert_down`, and adds all of them up, or None."""
     if not is_op(down, _OPS.moe_expert_down) or len(down.users) != 1:
         return None
     (combine,) = down.users
@@ -94,10 +97,45 @@ def _weights_of_sum(down: Node) -> Any | None:
     weights = given["weights"]
     if given["slots"] is not down or given["ids"] is not None or weights is down:
         return None
-    return _compat.V.graph.env.get(weights)  # None where they are computed later
+    value = weights.meta["val"]
+    sizes = tuple(map(_compat.known_size, value.shape))
+    is_row = sizes == (1, _compat.known_size(down.meta["val"].shape[0])) and None not in sizes
+    return combine if is_row and value.dtype in KERNEL_DTYPES else None
+
+
+def weights_first(dispatch: Node | None) -> None:
+    """Put what computes the weights of the sum ahead of the down stage, where Inductor has put it behind.
+
+    For the slots of a dispatch that stay as they are. Nothing is moved past what writes to memory.
+    """
+    assert dispatch is not None
+    downs = [user for item in dispatch.users for user in item.users if is_op(user, _OPS.moe_expert_down)]
+    combine = _sum_of(downs[0]) if downs else None
+    if combine is None:
+        return
+    place = {node: i for i, node in enumerate(dispatch.graph.nodes)}
+    (down, *_), pending, late = downs, [arguments(combine)["weights"]], set()
+    while pending:
+        node = pending.pop()
+        if place[node] >= place[down] and node not in late:
+            late.add(node)
+            pending += node.all_input_nodes
+    last = max((place[node] for node in late), default=0)
+    between = [node for node in place if place[down] < place[node] <= last]
+    if down in late or not all(map(_is_pure, between)):
+        return
+    for node in sorted(late, key=place.__getitem__):
+        down.prepend(node)
+
+
+def _is_pure(node: Node) -> bool:
+    if node.op != "call_function":
+        return False
+    schema = getattr(node.target, "_schema", None)
+    return node.target is operator.getitem or (schema is not None and not schema.is_mutable)
 
 
 def _nobody_writes(weight: Any) -> bool:
-    """Whether the weights are an input of the graph that only expert GEMMs read."""
+    """Whether the weights are an input of what is lowered, that only expert GEMMs read."""
     is_input = isinstance(weight, Node) and weight.op in ("placeholder", "get_attr")
     return is_input and all(is_op(user, *UP_OPS, *DOWN_OPS) for user in weight.users)

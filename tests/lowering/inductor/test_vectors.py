@@ -126,9 +126,16 @@ def shows_slots(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI):
     return ops.moe_combine(slots_NH, weights_TK) + slots_NH.sum(0, keepdim=True)
 
 
-def late_weights(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI):
-    slots_NH = stages(hidden_TH, ids_TK, w13_EJH, w2_EHI)
-    return ops.moe_combine(slots_NH, weights_TK.softmax(1))
+def float64_weights(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI):
+    return ops.moe_combine(stages(hidden_TH, ids_TK, w13_EJH, w2_EHI), weights_TK.double())
+
+
+def a_row_a_slot(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI):
+    return ops.moe_combine(stages(hidden_TH, ids_TK, w13_EJH, w2_EHI), weights_TK.T)
+
+
+def two_rows(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI):
+    return ops.moe_combine(stages(hidden_TH, ids_TK, w13_EJH, w2_EHI), weights_TK.view(2, -1))
 
 
 def by_ids(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI):
@@ -136,17 +143,82 @@ def by_ids(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI):
     return ops.moe_combine(slots_NH, weights_TK, ids_TK, w13_EJH.shape[0])
 
 
-@pytest.mark.parametrize(
-    ("function", "wanted"),
-    [(with_bias, NONE), (transposed, NONE), (shows_slots, SUMMED_APART), (late_weights, None), (by_ids, SUMMED_APART)],
-)
-def test_who_does_not_get_them(function, wanted):
-    """Where weights of the sum are computed is Inductor's: before or behind."""
+OTHERS = {
+    with_bias: NONE,
+    transposed: NONE,
+    shows_slots: SUMMED_APART,
+    by_ids: SUMMED_APART,
+    float64_weights: [*SUMMED_APART[:2], "the op's own kernel"],
+    a_row_a_slot: SUMMED_APART,
+    two_rows: SUMMED_APART,
+}
+
+
+@pytest.mark.parametrize("function", OTHERS)
+def test_who_does_not_get_them(function):
+    inputs = inputs_of((4, 7, 40, 24))
+    code, told = generated(function, inputs)
+    assert_told(told, OTHERS[function])
+    check(code, function, inputs)
+
+
+def cast(weights_TK):
+    return weights_TK.half()
+
+
+def scaled(weights_TK):
+    return weights_TK * 2.5
+
+
+def normed(weights_TK):
+    return weights_TK.softmax(1)
+
+
+def expanded(weights_TK):
+    return weights_TK[:, :1].expand(1, weights_TK.shape[1])
+
+
+@pytest.mark.parametrize("change", [cast, scaled, normed, expanded])
+def test_weights_that_are_computed_come_first(change):
+    """Inductor puts what computes them behind the down stage, next to who reads them."""
+
+    def function(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI):
+        return ops.moe_combine(stages(hidden_TH, ids_TK, w13_EJH, w2_EHI), change(weights_TK)) + hidden_TH
+
     inputs = inputs_of((3, 7, 40, 24))
     code, told = generated(function, inputs)
-    if wanted is None:
-        wanted = VECTORS if told[1].startswith(VECTORS[1]) else SUMMED_APART
-    assert_told(told, wanted)
+    assert_told(told, VECTORS)
+    check(code, function, inputs)
+
+
+def routed(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI):
+    """Two layers as a model has them: a router ahead, a residual and a norm behind."""
+    for _ in range(2):
+        weights_TK, ids_TK = ops.moe_route(hidden_TH @ w13_EJH[:, 0].T, None, None, 3)
+        weights_TK = weights_TK.to(hidden_TH.dtype)
+        hidden_TH = hidden_TH + ops.moe_combine(stages(hidden_TH, ids_TK, w13_EJH, w2_EHI), weights_TK)
+        hidden_TH = hidden_TH * torch.rsqrt(hidden_TH.square().mean(-1, keepdim=True) + 1e-6)
+    return hidden_TH
+
+
+def test_layers_of_a_model():
+    inputs = inputs_of((3, 7, 40, 24))
+    code, told = generated(routed, inputs)
+    assert sum(outcome.startswith("triton moe_expert_vector") for outcome in told) == 4, told
+    check(code, routed, inputs)
+
+
+def test_strides():
+    """Hidden states and weights of the sum whose elements lie apart, and experts that are a part of wider rows."""
+
+    def function(hidden_HT, ids_TK, weights_KT, w13_EJH, w2_EHI):
+        return experts(hidden_HT.T[:1], ids_TK, weights_KT.T[1:], w13_EJH[:, :, 3:], w2_EHI[:, 5:, 1:])
+
+    hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI = inputs_of((3, 7, 40, 24))
+    wide = [torch.nn.functional.pad(w, pad) for w, pad in ((w13_EJH, (3, 0)), (w2_EHI, (1, 0, 5, 0)))]
+    inputs = [hidden_TH.T.repeat(1, 2).contiguous(), ids_TK, weights_TK.T.repeat(1, 2).contiguous(), *wide]
+    code, told = generated(function, inputs)
+    assert_told(told, VECTORS)
     check(code, function, inputs)
 
 
@@ -174,6 +246,8 @@ def test_weights_that_nobody_writes_are_read_ahead(function, ahead):
     (kernel,) = (k.source for k in code.kernels if "_products" in k.source)
     body = kernel[kernel.index("w_row = ") :]
     wait = body.index("gdc_wait")
+    assert kernel.count("    tl.extra.cuda.gdc_wait()\n    tl.extra.cuda.gdc_launch_dependents()\n") == 1
+    assert kernel.count("gdc_wait") == kernel.count("gdc_launch_dependents") == 1
     assert (body.index("_weights(") < wait) == ahead
     assert wait < body.index("tl.load(A") < body.index("tl.load(WEIGHTS")
 
