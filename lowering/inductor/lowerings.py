@@ -192,8 +192,7 @@ def expert_gemm(
 ) -> Any:
     """Lower one of the two expert GEMMs; `inputs` stand in the order of the template's `def_kernel`.
 
-    Rows of no expert that nobody reads are left as they are. The result of one token's down stage may be the sum of its
-    slots, for `moe_combine` alone (`vectors.dtype_of_summed`).
+    Rows of no expert that nobody reads are left as they are. One token's slots may come added up (`vectors`).
     With `shared`, which takes a schedule without descriptors, the result is a pair: [N, W], and the shared one [T, S].
     """
     inputs = _compat.realize_inputs(*inputs)
