@@ -124,8 +124,7 @@ def weights_first(dispatch: Node | None) -> None:
     between = [node for node in place if place[down] < place[node] <= last]
     if down in late or not all(map(_is_pure, between)):
         return
-    for node in sorted(late, key=place.__getitem__):
-        down.prepend(node)
+    _compat.move_before(down, sorted(late, key=place.__getitem__))
 
 
 def _is_pure(node: Node) -> bool:

@@ -191,6 +191,19 @@ def test_weights_that_are_computed_come_first(change):
     check(code, function, inputs)
 
 
+def test_what_weights_are_computed_of_is_there_for_others():
+    def function(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI):
+        slots_NH = stages(hidden_TH, ids_TK, w13_EJH, w2_EHI)
+        wave_TH = hidden_TH.sin()
+        return ops.moe_combine(slots_NH, weights_TK * hidden_TH.mean()) + wave_TH
+
+    inputs = inputs_of((3, 7, 40, 24))
+    with torch._inductor.config.patch(reorder_for_locality=False):
+        code, told = generated(function, inputs)
+    assert_told(told, VECTORS)
+    check(code, function, inputs)
+
+
 def routed(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI):
     """Two layers as a model has them: a router ahead, a residual and a norm behind."""
     for _ in range(2):
