@@ -28,8 +28,7 @@ from .early import begins_early, gemm_begins_early, told
 from .gemm_plan import KERNEL_DTYPES, pointers_reason, schedule_of, usual_schedule
 from .specialized import lower_specialized, refuses_specialized
 from .unread import rest_unread
-from .unsorted_slots import Unsorted, take_unsorted
-from .vectors import dtype_of_summed, lower_vectors
+from .unsorted_slots import take_unsorted
 
 _OPS = torch.ops.diffulex
 _SHARED_ACCUMULATORS = 64  # with 128, gated GEMMs spill
@@ -168,18 +167,6 @@ def _call_specialized(
     return lower_specialized(inputs, variant=variant, schedule=schedule)
 
 
-def _by_vectors(
-    op: str, variant: ExpertGemmVariant, inputs: list[Any], unsorted: Unsorted | None, predicted: Cost | None
-) -> Any | None:
-    if unsorted is None or not unsorted.by_slot:
-        return None
-    found = lower_vectors(variant, inputs, ids=unsorted.ids)
-    if found is None:
-        return None
-    note(op, found[1], cost=predicted)
-    return found[0]
-
-
 def expert_gemm(
     op: str,
     variant: ExpertGemmVariant,
@@ -192,7 +179,7 @@ def expert_gemm(
 ) -> Any:
     """Lower one of the two expert GEMMs; `inputs` stand in the order of the template's `def_kernel`.
 
-    Rows of no expert that nobody reads are left as they are. One token's slots may come added up (`vectors`).
+    Rows of no expert that nobody reads are left as they are.
     With `shared`, which takes a schedule without descriptors, the result is a pair: [N, W], and the shared one [T, S].
     """
     inputs = _compat.realize_inputs(*inputs)
@@ -205,15 +192,14 @@ def expert_gemm(
         schedule, _ = gemm_schedule(weight, rows, act=variant.act)
     sizes, strides, shape = _weight_shape(weight, variant.act)
     num_experts, _, depth = sizes
-    schedule, reason = _fitted(schedule, variant, {"A": inputs[0], "W": weight}, shape=shape, rows=rows)
+    operands = {"A": inputs[0], "W": weight}
+    schedule, reason = _fitted(schedule, variant, operands, shape=shape, rows=rows)
     device = device_spec(weight.get_device().index or 0)
     predicted = _predicted(rows, shape, schedule=schedule, device=device)
     if schedule.loop.specialized:
         assert unsorted is None and shared is None, "these are for few rows"
         variant = variant.scheduled(schedule, depth=depth, strides=strides)
         return _call_specialized(op, variant, [*inputs[:2], *written], schedule, predicted)
-    if shared is None and (found := _by_vectors(op, variant, inputs, unsorted, predicted)) is not None:
-        return found
     constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
     if schedule.loop.tma:
         constants["PROGRAMS"] = device.num_sms
@@ -333,20 +319,15 @@ def _moe_expert_grad_weight(left: Any, right: Any, left_index: Any, right_index:
 
 @_compat.register_lowering(_OPS.moe_combine.default, type_promotion_kind=None)
 def _moe_combine(slots: Any, weights: Any, ids: Any = None, num_experts: int = 0) -> Any:
-    """Inductor IR, so it folds into one kernel with the residual and the next norm; K terms in slot order. One token's
-    slots may have been added up before, see `vectors`.
+    """Inductor IR, so it folds into one kernel with the residual and the next norm; K terms in slot order.
 
     Each is added as eager mode does it, a product that is not rounded: the same bits whatever the kernel is fused with.
     """
-    lower = _compat.lowerings
-    aten, prims = torch.ops.aten, torch.ops.prims
-    summed = dtype_of_summed(slots)
-    if summed is not None:
-        note("moe_combine", "in the kernel of moe_expert_down")
-        return lower[prims.convert_element_type.default](slots, summed)
     reason = refusal(slots) or refusal(weights)
     if reason is not None:
         return fallback_noted(_OPS.moe_combine.default, reason, slots, weights, ids, num_experts)
+    lower = _compat.lowerings
+    aten, prims = torch.ops.aten, torch.ops.prims
     num_tokens, top_k = weights.get_size()
     top_k = _compat.static_size(top_k)
     slots_TKH = lower[aten.view.default](slots, [num_tokens, top_k, slots.get_size()[1]])

@@ -2,7 +2,7 @@
 
 Its outputs are buffers that this GEMM writes, and whatever else reads them comes later. The slots of one token are not
 sorted at all where only its two expert GEMMs would see it: an expert that is chosen twice is read twice, and no
-program has to wait for the ids of the others. Most of these multiply vectors, see `vectors`.
+program has to wait for the ids of the others.
 """
 
 from __future__ import annotations
