@@ -16,6 +16,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from diffulex.benching.shapes import SHAPES, case_of_shape
 
 STRETCHES, CALLS = 20, 20
 Arguments = tuple[Tensor, ...]
+Variant = Callable[[Layer, Arguments], AbstractContextManager[Callable[..., object]]]
 
 
 def host_micros(call: Callable[[], object]) -> float:
@@ -46,15 +49,13 @@ def _compiled(layer: Layer) -> Callable[..., object]:
     return compiled(layer, "topk", early=False).run  # Inductor has no fast launcher for kernels that do
 
 
-@contextlib.contextmanager
-def _stock(layer: Layer, _: Arguments) -> Iterator[Callable[..., object]]:
-    with diffulex.disabled():
-        yield _compiled(layer)
+def _inside(state: Callable[[], AbstractContextManager[Any]]) -> Variant:
+    @contextlib.contextmanager
+    def variant(layer: Layer, _: Arguments) -> Iterator[Callable[..., object]]:
+        with state():
+            yield _compiled(layer)
 
-
-@contextlib.contextmanager
-def _python(layer: Layer, _: Arguments) -> Iterator[Callable[..., object]]:
-    yield _compiled(layer)
+    return variant
 
 
 @contextlib.contextmanager
@@ -63,12 +64,6 @@ def _unguarded(layer: Layer, arguments: Arguments) -> Iterator[Callable[..., obj
     run(*arguments)
     with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
         yield run
-
-
-@contextlib.contextmanager
-def _cpp(layer: Layer, _: Arguments) -> Iterator[Callable[..., object]]:
-    with torch._inductor.config.patch(cpp_wrapper=True):
-        yield _compiled(layer)
 
 
 @contextlib.contextmanager
@@ -85,12 +80,12 @@ def _plus_one(_: Layer, __: Arguments) -> Iterator[Callable[..., object]]:
     yield lambda hidden_TH, *rest: run(hidden_TH)
 
 
-VARIANTS = {
-    "Python": _python,
+VARIANTS: dict[str, Variant] = {
+    "Python": _inside(contextlib.nullcontext),
     "no guards": _unguarded,
-    "C++": _cpp,
+    "C++": _inside(lambda: torch._inductor.config.patch(cpp_wrapper=True)),
     "AOTInductor": _ahead,
-    "stock": _stock,  # its grouped product has no entry in the C++ wrapper
+    "stock": _inside(diffulex.disabled),  # its grouped product has no entry in the C++ wrapper
     "x + 1": _plus_one,
 }
 

@@ -89,7 +89,7 @@ class FusedMoE(nn.Module, ABC):
         self._check_width("hidden_states", hidden_states)
         hidden_TH = hidden_states.reshape(-1, self.hidden_size)
         read_TH = hidden_TH if router_input is None else router_input.reshape(-1, router_input.shape[-1])
-        if self.spec.routing.number("jitter") and self.training:
+        if self.training and self.spec.routing.number("jitter"):
             noise_TH = self._noise(hidden_TH)
             hidden_TH, read_TH = hidden_TH * noise_TH, read_TH * noise_TH
         topk = self.route(read_TH, logits=router_logits, ids=topk_ids)
