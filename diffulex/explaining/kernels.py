@@ -30,6 +30,7 @@ def stage_of_kernel(name: str) -> str | None:
 def places(decisions: Sequence[Decision], stage: str, *, own: bool) -> list[int]:
     """Where the decisions are by which a stage got a generated kernel, or its op's own one."""
     lowered = (i for i, decision in enumerate(decisions) if decision.stage == "lower" and decision.subject == stage)
+    lowered = (i for i in lowered if not decisions[i].outcome.startswith("in the kernel of "))
     return [i for i in lowered if (decisions[i].outcome == OWN_KERNEL) is own]
 
 

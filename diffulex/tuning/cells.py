@@ -40,6 +40,11 @@ class Cell:
         return self.tokens * self.case.shape.top_k
 
     @property
+    def by_vectors(self) -> bool:
+        """Whether compiled graphs have no schedule here, see `lowering.templates.vectors`."""
+        return self.tokens == 1 and not (self.case.spec.bias or self.case.spec.transposed)
+
+    @property
     def gemm(self) -> GemmShape:
         """The GEMM, as it is planned for."""
         return gemm_of(self.case, self.stage, dtype=self.dtype)

@@ -19,6 +19,10 @@ from lowering.schedule.storage import Table
 from .cells import BY_MODEL, BY_MODEL_FOR_ROWS, NOW, Cell, planned, to_time
 from .measure import Measure, Timing
 
+_NOT_COMPILED = (
+    "one token: compiled experts without a shared one beside them multiply vectors there, whatever was timed;"
+    " eager calls go by it"
+)
 CSV_HEADER = ("shape", "stage", "tokens", *FIELDS, "us", "error")
 
 
@@ -113,6 +117,7 @@ def writer_of(stream: Any) -> Callable[[Result], None]:
 def report(results: Sequence[Result], left: Sequence[Cell]) -> str:
     """The best schedule of each cell, as Python, how far the planned ones are from it, and what has no times."""
     lines = [line for result in results for line in _lines(result)]
+    lines += [_NOT_COMPILED] if any(result.cell.by_vectors for result in results) else []
     for name in (BY_MODEL, BY_MODEL_FOR_ROWS, NOW):
         lines += _summary(name, [(result.cell, result.loss(result.planned[name])) for result in results])
     lines += [f"not timed: {', '.join(map(str, left))}"] if left else []

@@ -213,6 +213,16 @@ def current_fx_node() -> torch.fx.Node | None:
     return node if isinstance(node, torch.fx.Node) else None
 
 
+def move_before(place: torch.fx.Node, nodes: Sequence[torch.fx.Node]) -> None:
+    """Lower these FX nodes, which come behind `place` and in this order, right before it.
+
+    What they read is then kept to the end: who reads it last was found by the order there was.
+    """
+    for node in nodes:
+        place.prepend(node)
+        V.graph.user_to_last_uses.pop(node, None)
+
+
 @contextlib.contextmanager
 def _fresh_origins() -> Iterator[None]:
     """What is lowered inside does not come from the FX node being lowered outside, also by the names of kernels."""

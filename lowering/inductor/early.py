@@ -3,7 +3,7 @@
 A kernel launched with that attribute may start once every program of the kernel before it in the stream has let its
 dependents go or has ended; what the other wrote, and that it has read everything, holds only after a wait. Each of our
 templates, rendered with EARLY, waits and then lets its own dependents go, ahead of its first access to memory and of
-any return. What is before the wait is index arithmetic. From this follows:
+any return. What is before the wait is index arithmetic, but for one kernel, see below. From this follows:
 
 - Nothing is read before it was written, and no buffer that is used again is written while it is still read.
 - A kernel that has ended, or has let its dependents go, had waited: all kernels before the last one have ended, too.
@@ -14,8 +14,11 @@ All this takes that whatever begins early in the stream waits. The kernels that 
 by `_compat.begin_early`. Under `enable_pdl` alone they would not always: where `_compat` does not know an Inductor's
 methods, nothing of ours begins early there.
 
-Weights are read after the wait, too: in a graph with an optimizer step the kernel before may have written them. Reading
-them ahead would be right where they are inputs of an inference graph and nothing in it writes to them.
+Weights are read after the wait, too: in a graph with an optimizer step the kernel before may have written them. Ahead
+of it they are read, with the ids, by one token's second GEMM alone (`vectors`). Nothing in the graph writes to these
+weights; what wrote them before it, or the ids in it, had ended when the first GEMM had waited, as it has when this
+begins. PTX promises to see what was written to whoever waits; that a kernel which begins later sees it, too, is how
+caches of these devices work: what is written is in L2 by then, and L1 is empty when a kernel begins.
 
 Inductor's C++ launcher knows no launch attributes, so such kernels are launched from Python. A CUDA graph pays for that
 once; a graph of which Inductor then makes none (it changes its inputs, say) pays at every call. Without CUDA graphs

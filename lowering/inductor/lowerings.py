@@ -17,7 +17,7 @@ from ..activation import IDENTITY, canonical, intermediate_size, is_gated
 from ..errors import Reason, ReasonCode
 from ..graph.uncovered import note_uncovered
 from ..report import OWN_KERNEL, Cost, layer_of, record
-from ..schedule.cost_model import cost, predict
+from ..schedule.cost_model import cost, predict, vector_cost
 from ..schedule.device import DeviceSpec, device_spec
 from ..schedule.schedule import TMA_ALIGNMENT, GemmShape, Schedule, tma_refusal
 from ..state import is_batch_invariant
@@ -28,7 +28,8 @@ from .early import begins_early, gemm_begins_early, told
 from .gemm_plan import KERNEL_DTYPES, pointers_reason, schedule_of, usual_schedule
 from .specialized import lower_specialized, refuses_specialized
 from .unread import rest_unread
-from .unsorted_slots import take_unsorted
+from .unsorted_slots import Unsorted, take_unsorted
+from .vectors import dtype_of_summed, lower_vectors
 
 _OPS = torch.ops.diffulex
 _SHARED_ACCUMULATORS = 64  # with 128, gated GEMMs spill
@@ -122,6 +123,13 @@ class SharedTiles:
         """D."""
         return _compat.static_size(self.weights[0].get_size()[1])
 
+    def empty_result(self) -> Any:
+        """A buffer [T, S] in the dtype of the weights."""
+        size, weight = [self.hidden.get_size()[0], self.width], self.weights[0]
+        out = _compat.empty_strided(size, None, dtype=weight.get_dtype(), device=weight.get_device())
+        out.realize()
+        return out
+
 
 def _weight_shape(weight: Any, act: str) -> tuple[tuple[int, ...], tuple[int, ...], GemmShape]:
     """(sizes, strides, the shape of the GEMM) of weights [E, J, H]."""
@@ -167,6 +175,20 @@ def _call_specialized(
     return lower_specialized(inputs, variant=variant, schedule=schedule)
 
 
+def _by_vectors(op: str, variant: ExpertGemmVariant, inputs: list[Any], unsorted: Unsorted | None) -> Any | None:
+    """An expert GEMM over one token's slots that stay in their place, as products with vectors, or None."""
+    if unsorted is None or not unsorted.by_slot:
+        return None
+    found = lower_vectors(variant, inputs, ids=unsorted.ids)
+    if found is None:
+        return None
+    _, _, shape = _weight_shape(inputs[1], variant.act)
+    device = device_spec(inputs[1].get_device().index or 0)
+    result, told_of_it = found
+    note(op, told_of_it, cost=vector_cost(_compat.static_size(unsorted.ids.get_size()[1]), shape, device=device))
+    return result
+
+
 def expert_gemm(
     op: str,
     variant: ExpertGemmVariant,
@@ -179,7 +201,7 @@ def expert_gemm(
 ) -> Any:
     """Lower one of the two expert GEMMs; `inputs` stand in the order of the template's `def_kernel`.
 
-    Rows of no expert that nobody reads are left as they are.
+    Rows of no expert that nobody reads are left as they are. One token's slots may come added up (`vectors`).
     With `shared`, which takes a schedule without descriptors, the result is a pair: [N, W], and the shared one [T, S].
     """
     inputs = _compat.realize_inputs(*inputs)
@@ -188,12 +210,15 @@ def expert_gemm(
     written = inputs[-2:]  # by whoever sorts
     rows = written[0].get_size()[0]
     unsorted = take_unsorted(written[0])
-    if schedule is None:
-        schedule, _ = gemm_schedule(weight, rows, act=variant.act)
+    by_slot = unsorted is not None and unsorted.by_slot
+    found = _by_vectors(op, variant, inputs, unsorted) if shared is None else None
+    if found is not None:
+        return found
     sizes, strides, shape = _weight_shape(weight, variant.act)
     num_experts, _, depth = sizes
-    operands = {"A": inputs[0], "W": weight}
-    schedule, reason = _fitted(schedule, variant, operands, shape=shape, rows=rows)
+    schedule = schedule or gemm_schedule(weight, rows, act=variant.act)[0]
+    schedule = schedule.ungrouped() if by_slot else schedule
+    schedule, reason = _fitted(schedule, variant, {"A": inputs[0], "W": weight}, shape=shape, rows=rows)
     device = device_spec(weight.get_device().index or 0)
     predicted = _predicted(rows, shape, schedule=schedule, device=device)
     if schedule.loop.specialized:
@@ -206,18 +231,16 @@ def expert_gemm(
     mutated: list[Any] = []
     out = None
     if unsorted is not None:
-        inputs = [*(inputs[:-2] if unsorted.by_slot else inputs), unsorted.ids]
-        mutated += [] if unsorted.by_slot else written
+        inputs = [*(inputs[:-2] if by_slot else inputs), unsorted.ids]
+        mutated += [] if by_slot else written
         constants["SLOTS_POW2"] = unsorted.slots_pow2
-        variant = dataclasses.replace(variant, sorts=not unsorted.by_slot, by_slot=unsorted.by_slot)
+        variant = dataclasses.replace(variant, sorts=not by_slot, by_slot=by_slot)
     elif shared is None:
         variant = dataclasses.replace(variant, unread=rest_unread(_compat.current_fx_node()))
     if shared is not None:
         depth = math.gcd(depth, shared.depth)
         constants |= {"SHARED_N": shared.width, "SLOTS": shared.slots}
-        tokens = shared.hidden.get_size()[0]
-        out = _compat.empty_strided([tokens, shared.width], None, dtype=weight.get_dtype(), device=weight.get_device())
-        out.realize()
+        out = shared.empty_result()
         inputs += _compat.realize_inputs(shared.hidden, *shared.weights, out)
         mutated += inputs[-1:]
     variant = variant.scheduled(schedule, depth=depth, strides=strides)
@@ -319,15 +342,20 @@ def _moe_expert_grad_weight(left: Any, right: Any, left_index: Any, right_index:
 
 @_compat.register_lowering(_OPS.moe_combine.default, type_promotion_kind=None)
 def _moe_combine(slots: Any, weights: Any, ids: Any = None, num_experts: int = 0) -> Any:
-    """Inductor IR, so it folds into one kernel with the residual and the next norm; K terms in slot order.
+    """Inductor IR, so it folds into one kernel with the residual and the next norm; K terms in slot order. One token's
+    slots may have been added up before, see `vectors`.
 
     Each is added as eager mode does it, a product that is not rounded: the same bits whatever the kernel is fused with.
     """
+    lower = _compat.lowerings
+    aten, prims = torch.ops.aten, torch.ops.prims
+    summed = dtype_of_summed(slots)
+    if summed is not None:
+        note("moe_combine", "in the kernel of moe_expert_down")
+        return lower[prims.convert_element_type.default](slots, summed)
     reason = refusal(slots) or refusal(weights)
     if reason is not None:
         return fallback_noted(_OPS.moe_combine.default, reason, slots, weights, ids, num_experts)
-    lower = _compat.lowerings
-    aten, prims = torch.ops.aten, torch.ops.prims
     num_tokens, top_k = weights.get_size()
     top_k = _compat.static_size(top_k)
     slots_TKH = lower[aten.view.default](slots, [num_tokens, top_k, slots.get_size()[1]])

@@ -21,6 +21,7 @@ from .early import begins_early, told
 from .gemm_plan import rows_bound
 from .lowerings import fallback_noted, note, refusal
 from .unsorted_slots import Unsorted, leave_unsorted, may_stay_in_place, may_stay_unsorted
+from .vectors import weights_first
 
 _OPS = torch.ops.diffulex
 _MANY_ROWS = 1 << 17
@@ -108,6 +109,8 @@ def _moe_dispatch(ids: Any, num_experts: int) -> Any:
     (ids,) = _compat.contiguous_inputs(ids)
     if bound is not None and may_stay_unsorted(node, slots, most_rows=bound, device=ids.get_device()):
         in_place = may_stay_in_place(node, slots, device=ids.get_device())
+        if in_place:
+            weights_first(node)
         leave_unsorted(order, Unsorted(ids, power_of_two(bound), by_slot=in_place))
         where = "nowhere: a slot is a row tile" if in_place else "in the kernel of moe_expert_up"
         note("moe_dispatch", f"{where}{told(begins_early(ids.get_device()))}")

@@ -2,7 +2,7 @@
 
 Its outputs are buffers that this GEMM writes, and whatever else reads them comes later. The slots of one token are not
 sorted at all where only its two expert GEMMs would see it: an expert that is chosen twice is read twice, and no
-program has to wait for the ids of the others.
+program has to wait for the ids of the others. Most of these multiply vectors, see `vectors`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch.fx import Node
 from .. import ops  # noqa: F401  the ops have to exist
 from ..graph.dataflow import arguments, is_op, is_output, outputs
 from ..ops import DOWN_OPS, UP_OPS
-from ..schedule.schedule import PLAIN
 from ..state import is_batch_invariant
 from . import _compat
 from .gemm_plan import KERNEL_DTYPES, planned_schedule
@@ -81,8 +80,8 @@ def may_stay_in_place(dispatch: Node | None, rows: Any, *, device: torch.device)
     act = arguments(downs[0])["act"]
     if act is not ups[0] and not is_output(act, ups[0], index=0):
         return False
-    schedules = [planned_schedule(rows, node, device=device) for node in (*ups, *downs)]
-    return len(act.users) == 1 and all(schedule is not None and schedule.loop == PLAIN for schedule in schedules)
+    planned = all(planned_schedule(rows, node, device=device) is not None for node in (*ups, *downs))
+    return planned and len(act.users) == 1
 
 
 def _readers(dispatch: Node) -> set[Node]:

@@ -54,6 +54,10 @@ CONSTANTS = {
     "specialized_overlap": 0.09,  # `overlap` there; steps and tiles cost nothing beyond their bytes and FLOP
     "specialized_rest": 0.25,  # row tiles of an expert there, beside whole ones
 }
+# One token's kernels, of which the second begins while the first runs: seconds each, and of the nominal bandwidth;
+# from four layers on an H200, within 2 % (`benchmarks/NOTES.md`).
+VECTOR_LAUNCH = 1.95e-06
+VECTOR_EFFICIENCY = 0.96
 # Row tiles that skewed routing adds, of those that all rows but a first tile make: about so for loads as 1 / rank.
 _SKEW = sympy.Rational(1, 4)
 _CONSTANT = {name: sympy.Symbol(name, positive=True) for name in CONSTANTS}
@@ -182,3 +186,18 @@ def cost(rows: int, shape: GemmShape, *, schedule: Schedule, device: DeviceSpec)
     least_bytes, flop, floor = _least()(*arguments(rows, shape, schedule=schedule, device=device))
     predicted = predict(rows, shape, schedule=schedule, device=device)
     return Cost(device.name, rows, float(least_bytes), float(flop), floor_us=floor * 1e6, predicted_us=predicted * 1e6)
+
+
+def vector_cost(top_k: int, shape: GemmShape, *, device: DeviceSpec) -> Cost | None:
+    """What becomes of one token's GEMM as products with vectors, which read an expert for each of its slots.
+
+    None in dtypes other than those that this was fitted to.
+    """
+    if shape.element_size != 2:
+        return None
+    halves = 2 if shape.gated else 1
+    least_bytes = 2.0 * top_k * (shape.width * halves * shape.depth + shape.depth + shape.width)
+    flop = 2.0 * top_k * shape.width * halves * shape.depth
+    streamed = least_bytes / device.bandwidth
+    floor, predicted = max(streamed, flop / device.matrix_rate), VECTOR_LAUNCH + streamed / VECTOR_EFFICIENCY
+    return Cost(device.name, top_k, least_bytes, flop, floor_us=floor * 1e6, predicted_us=predicted * 1e6)

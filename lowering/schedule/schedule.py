@@ -71,6 +71,10 @@ class Schedule:
         """The same tiles, one a program, with operands loaded by pointers."""
         return dataclasses.replace(self.without_specialized(), loop=Loop(grouped=True))
 
+    def ungrouped(self) -> Schedule:
+        """The same tiles, one a program, by pointers and in no groups: for rows that have no order."""
+        return dataclasses.replace(self.without_specialized(), loop=PLAIN)
+
     @classmethod
     def specialized(cls, *, gated: bool) -> Schedule:
         """The one schedule with specialised warps; `num_warps` counts those that multiply."""

@@ -44,8 +44,8 @@ def route_text(name: str = "moe_route") -> str:
 
     Both select and weigh by the same text; the first reads the chosen logits again, the second has them in a tile.
     """
-    select = _render("moe_route_select", in_tile=name != "moe_route").rstrip("\n")
-    return _render(name, select=select, functions=template_text("moe_route_functions"))
+    select = fill("moe_route_select", in_tile=name != "moe_route").rstrip("\n")
+    return fill(name, select=select, functions=template_text("moe_route_functions"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ class ExpertGemmVariant:
         masks = ["w_inside"] if self.transposed else []
         masks += [] if self.even_k else ["(k0 + k < WIDTH_K)[:, None]"]
         act = self.act_text(gate="acc", up="acc_up")
-        return _render(
+        return fill(
             "moe_expert_gemm_tma" if self.loop.tma else "moe_expert_gemm",
             arguments=", ".join(f'"{name}"' for name in arguments),
             gather=self.gather,
@@ -144,7 +144,7 @@ class ExpertGemmVariant:
             grouped=self.loop.grouped,
             subtiles=self.loop.subtiles,
             flatten=self.loop.flatten,
-            functions=_render("moe_activation_functions", act=act),
+            functions=fill("moe_activation_functions", act=act),
         )
 
     def unlike_specialized(self) -> tuple[str, ...]:
@@ -159,8 +159,8 @@ class ExpertGemmVariant:
         gated, parts = is_gated(self.act), SPECIALIZED_ROWS // 64
         sums = ("acc",) if gated else ("acc", "acc_up")
         results = [self.act_text(gate=name, up="acc_up") or name for name in sums]
-        functions = _render("moe_activation_functions", act=results[0])
-        return _render(
+        functions = fill("moe_activation_functions", act=results[0])
+        return fill(
             "moe_expert_gemm_specialized",
             arguments=", ".join(f'"{name}"' for name in arguments),
             gather=self.gather,
@@ -201,7 +201,7 @@ class GradWeightVariant:
     def source(self) -> str:
         """The kernel text with the host's hooks in it."""
         indices = [name for name, used in (("LEFT_INDEX", self.left_index), ("RIGHT_INDEX", self.right_index)) if used]
-        return _render(
+        return fill(
             "moe_expert_grad_weight",
             arguments=", ".join(f'"{name}"' for name in ("LEFT", "RIGHT", *indices, "OFFSETS")),
             left_index=self.left_index,
@@ -229,5 +229,6 @@ def _in_gluon(text: str) -> str:
     return re.sub(r"\btl\.(?!PropagateNan)", "gl.", text)
 
 
-def _render(template: str, **values: object) -> str:
+def fill(template: str, **values: object) -> str:
+    """The file `template`.jinja of this package, our own pass filled in."""
     return _ENVIRONMENT.from_string(template_text(template)).render(**values)

@@ -63,6 +63,22 @@ FAULTS = (
         "share_the_parts",
     ),
     Fault(
+        "one token's slots of no expert are added up",
+        "lowering/templates/moe_expert_vector_sum.jinja",
+        "    is_known = (expert >= 0) & (expert < NUM_EXPERTS)\n",
+        "    is_known = expert < NUM_EXPERTS\n",
+        (f"{INDUCTOR}/test_vectors.py",),
+        "no_expert",
+    ),
+    Fault(
+        "weights that the graph writes are read ahead",
+        "lowering/inductor/vectors.py",
+        "    return is_input and all(is_op(user, *UP_OPS, *DOWN_OPS) for user in weight.users)\n",
+        "    return is_input\n",
+        (f"{INDUCTOR}/test_vectors.py",),
+        "read_ahead",
+    ),
+    Fault(
         "programs do not wait for one another",
         "lowering/templates/moe_expert_gemm_specialized.jinja",
         "(gl.load(PROGRESS, volatile=True) < goal)",

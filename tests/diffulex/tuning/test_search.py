@@ -1,6 +1,7 @@
 """The loop over cells with made-up times: what is timed, kept and told, and where it stops."""
 
 import csv
+import dataclasses
 import io
 import re
 
@@ -70,6 +71,18 @@ def test_the_report_names_the_best_schedule_as_python(results):
     pasted = re.findall(r"the best of \d+: (Schedule\(.*\))$", text, re.MULTILINE)
     scope = {"Schedule": Schedule, "Loop": Loop}
     assert [eval(expression, scope) for expression in pasted] == [result.best for result in results]
+
+
+def test_who_runs_without_a_schedule_is_told():
+    """Compiled for one token, experts without a bias whose weights are not transposed."""
+    case = CELLS[0].case
+    specs = [dataclasses.replace(case.spec, **change) for change in ({}, {"bias": True}, {"transposed": True})]
+    cells = [
+        dataclasses.replace(cell, case=dataclasses.replace(case, spec=spec)) for spec in specs for cell in CELLS[:4]
+    ]
+    assert [cell.by_vectors for cell in cells] == [True, True, *[False] * 10]
+    found = tuned(FakeMeasure(H100), cells=cells)
+    assert ["one token: compiled" in report(some, []) for some in (found[:4], found[4:])] == [True, False]
 
 
 def test_losses_are_to_the_best_time():

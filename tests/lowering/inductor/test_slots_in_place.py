@@ -119,7 +119,7 @@ def test_the_kernels_compile():
     code, told = generated(plain, [t.bfloat16() if t.is_floating_point() else t for t in inputs_of(4)])
     assert told == [SLOTS]
     facts = compile_kernels(code)
-    assert len(facts) == 3 and not any(fact.spill_bytes for fact in facts)
+    assert len(facts) == 2 and not any(fact.spill_bytes for fact in facts)
 
 
 def shows_the_order(*inputs):
@@ -177,15 +177,20 @@ def test_results_that_do_not_depend_on_the_batch_come_in_one_order():
     assert told[0].startswith("triton moe_dispatch")
 
 
+@pytest.mark.parametrize("function", [plain, biased])
 @pytest.mark.parametrize("stage", ["up", "down"])
-def test_a_tuned_schedule_that_groups_row_tiles_has_them_sorted(stage, tmp_path):
-    """Such a loop needs an order: whichever of the stages has it, neither reads slots where they stand."""
+def test_a_tuned_schedule_that_groups_row_tiles_does_not_here(stage, function, tmp_path):
+    """Such a loop needs an order: kernels that read slots where they stand have its tiles, and no groups."""
     device = DeviceSpec.of_properties(FAKE)
     shape = GemmShape(E, H, WIDTH, True, 4) if stage == "up" else GemmShape(E, WIDTH, H, False, 4)
     schedule = next(found for found in candidates(shape, device) if found.loop.grouped and not found.loop.tma)
     inputs = inputs_of(4)
     with tuned_folder(tmp_path):
         keep(device, {shape: {4: {schedule: 1e-6}}})
-        code, told = generated(plain, inputs)
-    assert told == [SORTED]
-    check(code, plain, inputs)
+        code, told = generated(function, inputs)
+    assert told == [SLOTS]
+    vectors = any("_row_of_expert" in kernel.source for kernel in code.kernels)
+    tiles = f"BLOCK_M : tl.constexpr = {schedule.block_m}\n"
+    assert vectors == (function is plain)
+    assert any(tiles in kernel.source for kernel in code.kernels) == (function is biased)
+    check(code, function, inputs)

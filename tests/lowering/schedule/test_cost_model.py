@@ -124,3 +124,18 @@ def test_what_a_gemm_is_reported_to_cost(case):
 
 def test_nothing_is_reported_without_rows():
     assert cost(0, SHAPES[0], schedule=candidates(SHAPES[0], H100)[0], device=H100) is None
+
+
+def test_one_token_by_vectors():
+    """Both stages of four layers, microseconds in CUDA graphs on an H200, see `benchmarks/NOTES.md`."""
+    h200 = dataclasses.replace(H100, bandwidth=4.8e12)
+    measured = {(8, 2048, 768): 20.3, (8, 2048, 512): 14.9, (2, 4096, 14336): 159.8, (8, 7168, 2048): 156.9}
+    for (top_k, hidden, width), us in measured.items():
+        up, down = GemmShape(64, hidden, width, True), GemmShape(64, width, hidden, False)
+        costs = [cost_model.vector_cost(top_k, shape, device=h200) for shape in (up, down)]
+        assert sum(found.predicted_us for found in costs) == pytest.approx(us, rel=0.03)
+        weights = 2 * top_k * 3 * hidden * width
+        assert sum(found.bytes for found in costs) == pytest.approx(weights, rel=0.01)
+        assert sum(found.flop for found in costs) == weights
+        assert all(found.floor_us == pytest.approx(found.bytes / 4.8e6) for found in costs)
+    assert cost_model.vector_cost(8, GemmShape(8, 64, 32, True, 4), device=h200) is None

@@ -137,7 +137,7 @@ def test_interleaving_without_a_gate_means_nothing():
 
 def test_a_missing_value_is_an_error():
     with pytest.raises(jinja2.UndefinedError):
-        render._render("moe_expert_grad_weight", arguments='"LEFT"')
+        render.fill("moe_expert_grad_weight", arguments='"LEFT"')
 
 
 @pytest.mark.parametrize(

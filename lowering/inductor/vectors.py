@@ -1,0 +1,143 @@
+"""The experts of one token as products with vectors, where their slots stay as they are (`unsorted_slots`).
+
+Two kernels in place of three: the down stage adds up the slots where nothing but `moe_combine` reads them, and reads
+ids and weights before the kernel ahead of it has ended, where these weights are inputs that only expert GEMMs read. The
+first GEMM, somewhere before, had waited for whatever wrote them, see `early`.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import weakref
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .. import ops  # noqa: F401  the ops have to exist
+from ..graph.dataflow import arguments, is_op
+from ..ops import DOWN_OPS, UP_OPS
+from ..schedule.device import device_spec
+from ..templates.render import ExpertGemmVariant
+from ..templates.vectors import VectorSum, VectorUp
+from . import _compat
+from .early import begins_early, told
+from .gemm_plan import KERNEL_DTYPES
+
+_OPS = torch.ops.diffulex
+# by graph: buffers [1, H] that hold the sum of slots, in the place of the slots, and the dtype of these
+_sums: weakref.WeakKeyDictionary[Any, dict[str, torch.dtype]] = weakref.WeakKeyDictionary()
+
+
+@_compat.SymbolicGridFn
+def _programs(_rows: Any, _width: Any, meta: dict[str, Any]) -> tuple[Any, Any, Any]:
+    return (meta["PROGRAMS"], 1, 1)
+
+
+def lower_vectors(variant: ExpertGemmVariant, inputs: list[Any], *, ids: Any) -> tuple[Any, str] | None:
+    """What becomes of an expert GEMM over one token's slots, [K, I] or the sum [1, H], and what to tell of it.
+
+    inputs: A and W, realized. None where the weights, their bias or who reads the result are not as the kernels take.
+    """
+    node = _compat.current_fx_node()
+    hidden, weight = inputs[:2]
+    sizes, strides = (tuple(map(_compat.static_size, of())) for of in (weight.get_size, weight.get_stride))
+    if node is None or variant.bias or strides[2] != 1:
+        return None
+    top_k = _compat.static_size(ids.get_size()[1])
+    num_experts, rows, depth = sizes
+    size = weight.get_dtype().itemsize
+    if is_op(node, _OPS.moe_expert_up):
+        width = _compat.static_size(node.meta["val"].shape[1])
+        up = VectorUp(top_k, width, depth, num_experts, size, act=variant.act, interleaved=variant.interleaved)
+        return _run(up, [hidden, weight, ids], hidden.get_dtype(), [top_k, width])
+    combine = _sum_of(node)
+    weights = None if combine is None else _compat.V.graph.env.get(arguments(combine)["weights"])
+    if weights is None:  # computed later
+        return None
+    num_sms = device_spec(weight.get_device().index or 0).num_sms
+    ahead = _nobody_writes(arguments(node)["w2"])
+    total = VectorSum(top_k, rows, depth, num_experts, size, ahead=ahead, num_sms=num_sms)
+    inputs = [hidden, weight, ids, _compat.realize_inputs(weights)]
+    result, words = _run(total, inputs, torch.float32, [1, rows])
+    _sums.setdefault(_compat.V.graph, {})[result.get_name()] = hidden.get_dtype()
+    return result, f"{words}, adds up the slots"
+
+
+def dtype_of_summed(slots: Any) -> torch.dtype | None:
+    """The dtype of slots [K, H] in whose place the IR node is their sum [1, H] fp32, or None: it is the slots."""
+    return _sums.get(_compat.V.graph, {}).get(slots.maybe_get_name())  # None of what is no buffer
+
+
+@functools.cache
+def _template(name: str, source: str) -> Any:
+    return _compat.TritonTemplate(name=name, grid=_programs, source=source)
+
+
+def _run(kernel: VectorUp | VectorSum, inputs: list[Any], dtype: torch.dtype, size: list[int]) -> tuple[Any, str]:
+    early = begins_early(inputs[1].get_device())
+    result = _compat.run_template(
+        _template(kernel.name, kernel.source()),
+        inputs,
+        _compat.fixed_layout(inputs[1], dtype, size),
+        num_warps=kernel.num_warps,
+        num_stages=3,
+        constants={**kernel.constants, "PROGRAMS": kernel.programs},
+        early=early,
+    )
+    return result, f"triton {kernel.name}{told(early)}"
+
+
+def _sum_of(down: Node) -> Node | None:
+    """The `moe_combine` that alone reads one token's slots of `moe_expert_down`, and adds all of them up, or None."""
+    if not is_op(down, _OPS.moe_expert_down) or len(down.users) != 1:
+        return None
+    (combine,) = down.users
+    if not is_op(combine, _OPS.moe_combine):
+        return None
+    given = arguments(combine)
+    weights = given["weights"]
+    if given["slots"] is not down or given["ids"] is not None or weights is down:
+        return None
+    value = weights.meta["val"]
+    sizes = tuple(map(_compat.known_size, value.shape))
+    is_row = sizes == (1, _compat.known_size(down.meta["val"].shape[0])) and None not in sizes
+    return combine if is_row and value.dtype in KERNEL_DTYPES else None
+
+
+def weights_first(dispatch: Node | None) -> None:
+    """Put what computes the weights of the sum ahead of the down stage, where Inductor has put it behind.
+
+    For the slots of a dispatch that stay as they are. Nothing is moved past what writes to memory.
+    """
+    assert dispatch is not None
+    downs = [user for item in dispatch.users for user in item.users if is_op(user, _OPS.moe_expert_down)]
+    combine = _sum_of(downs[0]) if downs else None
+    if combine is None:
+        return
+    place = {node: i for i, node in enumerate(dispatch.graph.nodes)}
+    (down, *_), pending, late = downs, [arguments(combine)["weights"]], set()
+    while pending:
+        node = pending.pop()
+        if place[node] >= place[down] and node not in late:
+            late.add(node)
+            pending += node.all_input_nodes
+    last = max((place[node] for node in late), default=0)
+    between = [node for node in place if place[down] < place[node] <= last]
+    if down in late or not all(map(_is_pure, between)):
+        return
+    _compat.move_before(down, sorted(late, key=place.__getitem__))
+
+
+def _is_pure(node: Node) -> bool:
+    if node.op != "call_function":
+        return False
+    schema = getattr(node.target, "_schema", None)
+    return node.target is operator.getitem or (schema is not None and not schema.is_mutable)
+
+
+def _nobody_writes(weight: Any) -> bool:
+    """Whether the weights are an input of what is lowered, that only expert GEMMs read."""
+    is_input = isinstance(weight, Node) and weight.op in ("placeholder", "get_attr")
+    return is_input and all(is_op(user, *UP_OPS, *DOWN_OPS) for user in weight.users)
