@@ -19,10 +19,7 @@ from lowering.schedule.storage import Table
 from .cells import BY_MODEL, BY_MODEL_FOR_ROWS, NOW, Cell, planned, to_time
 from .measure import Measure, Timing
 
-_NOT_COMPILED = (
-    "one token: compiled experts without a shared one beside them multiply vectors there, whatever was timed;"
-    " eager calls go by it"
-)
+_NOT_COMPILED = "one token: compiled experts multiply vectors there, whatever was timed; eager calls go by it"
 CSV_HEADER = ("shape", "stage", "tokens", *FIELDS, "us", "error")
 
 

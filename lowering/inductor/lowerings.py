@@ -175,11 +175,13 @@ def _call_specialized(
     return lower_specialized(inputs, variant=variant, schedule=schedule)
 
 
-def _by_vectors(op: str, variant: ExpertGemmVariant, inputs: list[Any], unsorted: Unsorted | None) -> Any | None:
+def _by_vectors(
+    op: str, variant: ExpertGemmVariant, inputs: list[Any], unsorted: Unsorted | None, shared: SharedTiles | None
+) -> Any | None:
     """An expert GEMM over one token's slots that stay in their place, as products with vectors, or None."""
     if unsorted is None or not unsorted.by_slot:
         return None
-    found = lower_vectors(variant, inputs, ids=unsorted.ids)
+    found = lower_vectors(variant, inputs, ids=unsorted.ids, shared=shared)
     if found is None:
         return None
     _, _, shape = _weight_shape(inputs[1], variant.act)
@@ -211,8 +213,7 @@ def expert_gemm(
     rows = written[0].get_size()[0]
     unsorted = take_unsorted(written[0])
     by_slot = unsorted is not None and unsorted.by_slot
-    found = _by_vectors(op, variant, inputs, unsorted) if shared is None else None
-    if found is not None:
+    if (found := _by_vectors(op, variant, inputs, unsorted, shared)) is not None:
         return found
     sizes, strides, shape = _weight_shape(weight, variant.act)
     num_experts, _, depth = sizes

@@ -7,16 +7,18 @@ first GEMM, somewhere before, had waited for whatever wrote them, see `early`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
 
 from .. import ops  # noqa: F401  the ops have to exist
-from ..graph.dataflow import arguments, is_op
+from ..activation import intermediate_size
+from ..graph.dataflow import arguments, is_op, outputs
 from ..ops import DOWN_OPS, UP_OPS
 from ..schedule.device import device_spec
 from ..templates.render import ExpertGemmVariant
@@ -24,6 +26,9 @@ from ..templates.vectors import VectorSum, VectorUp
 from . import _compat
 from .early import begins_early, told
 from .gemm_plan import KERNEL_DTYPES
+
+if TYPE_CHECKING:
+    from .lowerings import SharedTiles
 
 _OPS = torch.ops.diffulex
 # by graph: buffers [1, H] that hold the sum of slots, in the place of the slots, and the dtype of these
@@ -35,10 +40,13 @@ def _programs(_rows: Any, _width: Any, meta: dict[str, Any]) -> tuple[Any, Any, 
     return (meta["PROGRAMS"], 1, 1)
 
 
-def lower_vectors(variant: ExpertGemmVariant, inputs: list[Any], *, ids: Any) -> tuple[Any, str] | None:
+def lower_vectors(
+    variant: ExpertGemmVariant, inputs: list[Any], *, ids: Any, shared: SharedTiles | None
+) -> tuple[Any, str] | None:
     """What becomes of an expert GEMM over one token's slots, [K, I] or the sum [1, H], and what to tell of it.
 
-    inputs: A and W, realized. None where the weights, their bias or who reads the result are not as the kernels take.
+    inputs: A and W, realized. With `shared` it is a pair, whose second is the shared expert's, [1, S] or [1, H]. None
+    where the weights, their bias or who reads the result are not as the kernels take.
     """
     node = _compat.current_fx_node()
     hidden, weight = inputs[:2]
@@ -48,20 +56,26 @@ def lower_vectors(variant: ExpertGemmVariant, inputs: list[Any], *, ids: Any) ->
     top_k = _compat.static_size(ids.get_size()[1])
     num_experts, rows, depth = sizes
     size = weight.get_dtype().itemsize
-    if is_op(node, _OPS.moe_expert_up):
-        width = _compat.static_size(node.meta["val"].shape[1])
+    if is_op(node, *UP_OPS):
+        if shared is not None and shared.depth != depth:
+            return None
+        width = intermediate_size(variant.act, rows)
         up = VectorUp(top_k, width, depth, num_experts, size, act=variant.act, interleaved=variant.interleaved)
-        return _run(up, [hidden, weight, ids], hidden.get_dtype(), [top_k, width])
+        up = up if shared is None else dataclasses.replace(up, shared_width=shared.width)
+        return _run(up, [hidden, weight, ids], hidden.get_dtype(), size=[top_k, width], shared=shared)
     combine = _sum_of(node)
     weights = None if combine is None else _compat.V.graph.env.get(arguments(combine)["weights"])
     if weights is None:  # computed later
         return None
     num_sms = device_spec(weight.get_device().index or 0).num_sms
-    ahead = _nobody_writes(arguments(node)["w2"])
-    total = VectorSum(top_k, rows, depth, num_experts, size, ahead=ahead, num_sms=num_sms)
+    read = ["w2"] if shared is None else ["w2", "shared_w2"]
+    ahead = all(_nobody_writes(arguments(node)[name]) for name in read)
+    beside = 0 if shared is None else shared.depth
+    total = VectorSum(top_k, rows, depth, num_experts, size, ahead=ahead, num_sms=num_sms, shared_depth=beside)
     inputs = [hidden, weight, ids, _compat.realize_inputs(weights)]
-    result, words = _run(total, inputs, torch.float32, [1, rows])
-    _sums.setdefault(_compat.V.graph, {})[result.get_name()] = hidden.get_dtype()
+    result, words = _run(total, inputs, torch.float32, size=[1, rows], shared=shared)
+    summed = result if shared is None else result[0]
+    _sums.setdefault(_compat.V.graph, {})[summed.get_name()] = hidden.get_dtype()
     return result, f"{words}, adds up the slots"
 
 
@@ -75,34 +89,43 @@ def _template(name: str, source: str) -> Any:
     return _compat.TritonTemplate(name=name, grid=_programs, source=source)
 
 
-def _run(kernel: VectorUp | VectorSum, inputs: list[Any], dtype: torch.dtype, size: list[int]) -> tuple[Any, str]:
+def _run(
+    kernel: VectorUp | VectorSum, inputs: list[Any], dtype: torch.dtype, *, size: list[int], shared: SharedTiles | None
+) -> tuple[Any, str]:
     early = begins_early(inputs[1].get_device())
+    out = None if shared is None else shared.empty_result()
+    more = [] if shared is None else _compat.realize_inputs(shared.hidden, *shared.weights, out)
     result = _compat.run_template(
         _template(kernel.name, kernel.source()),
-        inputs,
+        [*inputs, *more],
         _compat.fixed_layout(inputs[1], dtype, size),
         num_warps=kernel.num_warps,
         num_stages=3,
         constants={**kernel.constants, "PROGRAMS": kernel.programs},
+        mutated_inputs=more[-1:] or None,
         early=early,
     )
-    return result, f"triton {kernel.name}{told(early)}"
+    return result if out is None else (result, out), f"triton {kernel.name}{told(early)}"
 
 
 def _sum_of(down: Node) -> Node | None:
-    """The `moe_combine` that alone reads one token's slots of `moe_expert_down`, and adds all of them up, or None."""
-    if not is_op(down, _OPS.moe_expert_down) or len(down.users) != 1:
+    """The `moe_combine` that alone reads one token's slots of a down stage, and adds all of them up, or None."""
+    if not is_op(down, *DOWN_OPS):
         return None
-    (combine,) = down.users
+    found = [down] if is_op(down, _OPS.moe_expert_down) else outputs(down, 0)
+    if len(found) != 1 or len(found[0].users) != 1:
+        return None
+    (slots,) = found
+    (combine,) = slots.users
     if not is_op(combine, _OPS.moe_combine):
         return None
     given = arguments(combine)
     weights = given["weights"]
-    if given["slots"] is not down or given["ids"] is not None or weights is down:
+    if given["slots"] is not slots or given["ids"] is not None or weights is slots:
         return None
     value = weights.meta["val"]
     sizes = tuple(map(_compat.known_size, value.shape))
-    is_row = sizes == (1, _compat.known_size(down.meta["val"].shape[0])) and None not in sizes
+    is_row = sizes == (1, _compat.known_size(slots.meta["val"].shape[0])) and None not in sizes
     return combine if is_row and value.dtype in KERNEL_DTYPES else None
 
 
@@ -112,7 +135,7 @@ def weights_first(dispatch: Node | None) -> None:
     For the slots of a dispatch that stay as they are. Nothing is moved past what writes to memory.
     """
     assert dispatch is not None
-    downs = [user for item in dispatch.users for user in item.users if is_op(user, _OPS.moe_expert_down)]
+    downs = [user for item in dispatch.users for user in item.users if is_op(user, *DOWN_OPS)]
     combine = _sum_of(downs[0]) if downs else None
     if combine is None:
         return

@@ -30,6 +30,7 @@ class VectorUp:
     """The up stage of one token: act [K, I] of hidden [1, H], weights [E, J, H] whose rows are consecutive.
 
     top_k, width, depth, num_experts   K, I, H and E
+    shared_width                       S of a shared expert beside them, or 0; then rows do not alternate
     """
 
     top_k: int
@@ -39,20 +40,13 @@ class VectorUp:
     element_size: int
     act: str = IDENTITY
     interleaved: bool = False
+    shared_width: int = 0
 
-    @property
-    def is_short(self) -> bool:
-        """Whether rows are of two pieces at most: their products are added up piece by piece then."""
-        return self.depth * self.element_size <= 4096
-
-    @property
-    def num_warps(self) -> int:
-        """Warps of a program, a column each."""
-        return 1 if self.is_short else 2
+    num_warps = 1
 
     @property
     def block_k(self) -> int:
-        """Elements of a row at once."""
+        """Elements of a row at once, 64 bytes for each lane, or fewer."""
         return min(_power_of_two(self.depth), 2048 // self.element_size)
 
     @property
@@ -62,27 +56,29 @@ class VectorUp:
             "NUM_EXPERTS": self.num_experts,
             "WIDTH_N": self.width,
             "WIDTH_K": self.depth,
-            "BLOCK_N": self.num_warps,
             "BLOCK_K": self.block_k,
+            **({"SHARED_N": self.shared_width} if self.shared_width else {}),
         }
 
     @property
     def programs(self) -> int:
         """Programs of the grid."""
-        return self.top_k * -(-self.width // self.num_warps)
+        return self.top_k * self.width + self.shared_width
 
     @functools.cache  # noqa: B019  a few a model
     def source(self) -> str:
         """The kernel text with the host's hooks in it."""
-        even_k, gated = self.depth % self.block_k == 0, is_gated(self.act)
+        gated, shared = is_gated(self.act), self.shared_width > 0
+        assert not (shared and self.interleaved), "the shared expert's rows do not alternate"
+        ups = ["SHARED_UP"] if gated else []
         act = None if self.act == IDENTITY else to_triton(self.act, gate="acc", up="acc_up")
         return render.fill(
             "moe_expert_vector_up",
+            arguments=_names(["A", "W", "IDS"], ["SHARED_A", "SHARED_W", *ups, "SHARED_OUT"] if shared else []),
+            shared=shared,
             act=act,
             gated=gated,
-            even_k=even_k,
-            piecewise=self.is_short,
-            w_mask="" if even_k else ", mask=(k0 + k < WIDTH_K)[None, :], other=0.0",
+            mask="" if self.depth % self.block_k == 0 else ", mask=k0 + k < WIDTH_K, other=0.0",
             column_step=2 if gated and self.interleaved else 1,
             up_shift="1" if self.interleaved else "WIDTH_N",
             functions=render.fill("moe_activation_functions", act=act),
@@ -102,6 +98,7 @@ class VectorSum:
     top_k, width, depth, num_experts   K, H, I and E
     ahead                              weights are read while the kernel before still runs
     num_sms                            of the device
+    shared_depth                       S of a shared expert beside them, or 0
     """
 
     top_k: int
@@ -111,6 +108,7 @@ class VectorSum:
     element_size: int
     ahead: bool
     num_sms: int
+    shared_depth: int = 0
 
     num_warps = 1
 
@@ -118,6 +116,11 @@ class VectorSum:
     def block_k(self) -> int:
         """Elements of a piece, 16 bytes for each lane, or fewer."""
         return min(_power_of_two(self.depth), 512 // self.element_size)
+
+    @property
+    def shared_block(self) -> int:
+        """Elements of a row of the shared expert's weights at once."""
+        return min(_power_of_two(self.shared_depth), 1024 // self.element_size)
 
     @property
     def pieces(self) -> int:
@@ -149,6 +152,7 @@ class VectorSum:
             "WIDTH_N": self.width,
             "WIDTH_K": self.depth,
             "BLOCK_K": self.block_k,
+            **({"SHARED_K": self.shared_depth, "SHARED_BLOCK": self.shared_block} if self.shared_depth else {}),
         }
 
     @property
@@ -159,8 +163,12 @@ class VectorSum:
     @functools.cache  # noqa: B019  a few a model
     def source(self) -> str:
         """The kernel text with the host's hooks in it."""
+        shared = self.shared_depth > 0
         return render.fill(
             "moe_expert_vector_sum",
+            arguments=_names(["A", "W", "IDS", "WEIGHTS"], ["SHARED_A", "SHARED_W", "SHARED_OUT"] if shared else []),
+            shared=shared,
+            shared_ahead=self.ahead and self.shared_depth <= self.shared_block,
             even_k=self._is_even,
             ahead=self.ahead,
             pieces=self.pieces,
@@ -174,6 +182,10 @@ class VectorSum:
     def name(self) -> str:
         """A kernel name that is the same for the same text and constants."""
         return _name("moe_expert_vector_sum", self)
+
+
+def _names(*names: list[str]) -> str:
+    return ", ".join(f'"{name}"' for some in names for name in some)
 
 
 def _name(stage: str, variant: VectorUp | VectorSum) -> str:

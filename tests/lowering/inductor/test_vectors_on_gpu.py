@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.nn.functional import silu
 
+import diffulex  # noqa: F401  its graph passes
 from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
 from tests.support.oracle import assert_oracle_ratio
@@ -10,25 +12,39 @@ from tests.support.oracle import assert_oracle_ratio
 pytestmark = pytest.mark.gpu
 
 ops = torch.ops.diffulex
-FORMS = {"qwen3": (8, 128, 2048, 768), "dsv3": (8, 16, 7168, 2048), "uneven": (3, 9, 1000, 328), "small": (1, 2, 64, 8)}
+# K, E, H, I and the width of a shared expert
+FORMS = {
+    "qwen3": (8, 128, 2048, 768, 0),
+    "dsv3": (8, 16, 7168, 2048, 0),
+    "uneven": (3, 9, 1000, 328, 0),
+    "small": (1, 2, 64, 8, 0),
+    "llada2-shared": (8, 64, 2048, 512, 512),
+    "qwen2-shared": (4, 16, 2048, 1408, 5632),
+    "uneven-shared": (3, 9, 1000, 328, 129),
+}
 
 
-def experts(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI):
+def experts(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI, *shared):
     order_N, _, offsets_E1 = ops.moe_dispatch(ids_TK, w13_EJH.shape[0])
     act_NI = ops.moe_expert_up(hidden_TH, w13_EJH, None, order_N, offsets_E1, ids_TK.shape[1], "swiglu")
-    return ops.moe_combine(ops.moe_expert_down(act_NI, w2_EHI, None, order_N, offsets_E1), weights_TK)
+    out_TH = ops.moe_combine(ops.moe_expert_down(act_NI, w2_EHI, None, order_N, offsets_E1), weights_TK)
+    if not shared:
+        return out_TH
+    w1_SH, w3_SH, w2_HS = shared
+    return out_TH + (silu(hidden_TH @ w1_SH.t()) * (hidden_TH @ w3_SH.t())) @ w2_HS.t()
 
 
 def inputs_of(form, dtype, seed):
     """Ids of which one in ten is of no expert."""
-    top_k, num_experts, hidden, width = form
+    top_k, num_experts, hidden, width, shared = form
     generator = torch.Generator("cuda").manual_seed(seed)
     sizes = [(1, hidden), (1, top_k), (num_experts, 2 * width, hidden), (num_experts, hidden, width)]
+    sizes += [(shared, hidden), (shared, hidden), (hidden, shared)] if shared else []
     hidden_TH, weights_TK, *weights = (torch.randn(size, generator=generator, device="cuda") for size in sizes)
     ids_TK = torch.randint(num_experts, (1, top_k), generator=generator, device="cuda", dtype=torch.int32)
     ids_TK[torch.rand(1, top_k, generator=generator, device="cuda") < 0.1] = -1
-    w13_EJH, w2_EHI = (weight.div_(weight.shape[-1] ** 0.5).to(dtype) for weight in weights)
-    return [hidden_TH.to(dtype), ids_TK, weights_TK, w13_EJH, w2_EHI]
+    weights = [weight.div_(weight.shape[-1] ** 0.5).to(dtype) for weight in weights]
+    return [hidden_TH.to(dtype), ids_TK, weights_TK, *weights]
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
