@@ -181,12 +181,13 @@ class _Mlp:
     def _require_movable(
         self, order: dict[Node, int], routed_down: Node, weights: tuple[Node, ...], last: Node | None
     ) -> None:
-        """What stands between the first and the last node of both paths changes places: all of it has to be pure."""
-        ends = [
-            order[node] for node in (self.up, routed_down, self.down, *self.leaves, *weights, last) if node in order
-        ]
-        between = list(order)[min(ends) : max(ends)]
-        impure = [node for node in between if node.op != "placeholder" and not may_move(node)]
+        """What stands between the first and the last node of both paths changes places: all of it has to be pure.
+
+        Inputs of the graph are no part of a path: they are there from the beginning on.
+        """
+        paths = (self.up, routed_down, self.down, *self.leaves, *weights, last)
+        ends = [order[node] for node in paths if node in order and node.op not in ("placeholder", "get_attr")]
+        impure = [node for node in list(order)[min(ends) : max(ends)] if not may_move(node)]
         require(not impure, f"{[describe(node) for node in impure]} would change places", code=ReasonCode.SHARED_USE)
 
     def _routed_down(self) -> Node:

@@ -49,6 +49,12 @@ def cycle(x_TH, ids_TK, p):
     return out + mlp(x_TH, {**p, "down": p["down"] * out.mean()})
 
 
+def draws_before(x_TH, ids_TK, p):
+    """What comes before both paths stays there: attention, whose ops could draw a dropout mask, is in each model."""
+    x_TH = x_TH + torch.rand_like(x_TH)
+    return experts(x_TH, ids_TK, p) + mlp(x_TH, p)
+
+
 def impure(x_TH, ids_TK, p):
     """Two draws, one on each path: their order is what a seed means."""
     noise = torch.rand_like(x_TH)
@@ -183,6 +189,12 @@ def test_taken(function):
     x_TH, ids_TK, values = inputs(dtype=torch.float64)
     wanted = function(x_TH, ids_TK, values)
     torch.testing.assert_close(module(x_TH, ids_TK, *values.values()), wanted)
+
+
+def test_what_draws_before_both_paths_is_in_no_way():
+    module, found = traced(draws_before)
+    assert [record.reason for record in found] == [None]
+    assert len(calls(module.graph, ops.moe_expert_up_shared)) == 1
 
 
 @pytest.mark.parametrize(("function", "code"), LEFT.values(), ids=LEFT)

@@ -119,7 +119,7 @@ def test_values(codes, function, form, dtype, index, seed):
 @settings(max_examples=16, phases=(Phase.explicit, Phase.generate))
 @given(
     function=st.sampled_from([with_shared, ungated_with_shared]),
-    form=st.sampled_from([(1, 1, 8, 8, 24), (3, 7, 40, 24, 129), (8, 9, 64, 129, 16), (2, 4, 1100, 600, 2500)]),
+    form=st.sampled_from([(1, 1, 8, 8, 24), (3, 7, 40, 24, 129), (2, 4, 72, 40, 600), (2, 3, 600, 6, 10)]),
     dtype=st.sampled_from([torch.float32, torch.float16]),
     seed=st.integers(0, 9999),
 )
