@@ -77,7 +77,17 @@ def _report(args: argparse.Namespace) -> Report:
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     with progress("compiling", 1), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="dynamo_pgo")  # explain compiles without caches, as it should
-        return explain_offline(model, **inputs) if absent else explain(model, measure=args.measure, **inputs)
+        if not absent:
+            return explain(model, measure=args.measure, **inputs)
+        try:
+            return explain_offline(model, **inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise MoEUnsupportedError.of(
+                "explain",
+                expected="a model that compiles without a graph break",
+                got=f"{config.model_type}: {' '.join(str(error).split())[:200]}",
+                hint="Other devices tell where it breaks; diffulex.adapt(model) swaps experts that wait for the host.",
+            ) from error
 
 
 def check_writable(option: str, file: Path) -> None:

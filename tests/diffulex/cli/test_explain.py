@@ -102,3 +102,9 @@ def test_what_cannot_be_had_is_said_before_anything_is_compiled(options, message
     monkeypatch.setattr(explain, "build_model", None)
     assert main(["explain", "qwen3_moe", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_that_an_h100_would_not_take_in_one_graph(capsys):
+    assert main(["explain", "longcat_flash", "--device", "h100"]) == 2
+    told = capsys.readouterr().err
+    assert "without a graph break" in told and "longcat_flash" in told and "adapt(model)" in told
