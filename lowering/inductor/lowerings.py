@@ -19,7 +19,7 @@ from ..graph.uncovered import note_uncovered
 from ..report import OWN_KERNEL, Cost, layer_of, record
 from ..schedule.cost_model import cost, predict, vector_cost
 from ..schedule.device import DeviceSpec, device_spec
-from ..schedule.schedule import TMA_ALIGNMENT, GemmShape, Schedule, tma_refusal
+from ..schedule.schedule import PLAIN, TMA_ALIGNMENT, GemmShape, Schedule, tma_refusal
 from ..state import is_batch_invariant
 from ..templates.eager import dot_precision, down_variant, gemm_constants, power_of_two, up_variant
 from ..templates.render import ExpertGemmVariant, GradWeightVariant
@@ -29,7 +29,7 @@ from .gemm_plan import KERNEL_DTYPES, pointers_reason, schedule_of, usual_schedu
 from .specialized import lower_specialized, refuses_specialized
 from .unread import rest_unread
 from .unsorted_slots import Unsorted, take_unsorted
-from .vectors import dtype_of_summed, lower_vectors
+from .vectors import lower_vectors, summed_slots
 
 _OPS = torch.ops.diffulex
 _SHARED_ACCUMULATORS = 64  # with 128, gated GEMMs spill
@@ -150,10 +150,18 @@ def gemm_schedule(weight: Any, rows: Any, *, act: str, with_shared: bool = False
 
 
 def _fitted(
-    schedule: Schedule, variant: ExpertGemmVariant, operands: dict[str, Any], *, shape: GemmShape, rows: Any
+    schedule: Schedule,
+    variant: ExpertGemmVariant,
+    operands: dict[str, Any],
+    *,
+    shape: GemmShape,
+    rows: Any,
+    by_slot: bool,
 ) -> tuple[Schedule, Reason | None]:
     """The schedule, or the nearest one that these operands [N, D] and [E, J, D] are for and why it is that."""
     weight = operands["W"]
+    if by_slot and schedule.loop != PLAIN:
+        return schedule.ungrouped(), Reason(ReasonCode.SCHEDULE, f"{schedule} is for rows that are sorted")
     sizes, strides = (tuple(map(_compat.static_size, values)) for values in (weight.get_size(), weight.get_stride()))
     told = None
     if schedule.loop.specialized:
@@ -218,8 +226,8 @@ def expert_gemm(
     sizes, strides, shape = _weight_shape(weight, variant.act)
     num_experts, _, depth = sizes
     schedule = schedule or gemm_schedule(weight, rows, act=variant.act)[0]
-    schedule = schedule.ungrouped() if by_slot else schedule
-    schedule, reason = _fitted(schedule, variant, {"A": inputs[0], "W": weight}, shape=shape, rows=rows)
+    operands = {"A": inputs[0], "W": weight}
+    schedule, reason = _fitted(schedule, variant, operands, shape=shape, rows=rows, by_slot=by_slot)
     device = device_spec(weight.get_device().index or 0)
     predicted = _predicted(rows, shape, schedule=schedule, device=device)
     if schedule.loop.specialized:
@@ -350,10 +358,11 @@ def _moe_combine(slots: Any, weights: Any, ids: Any = None, num_experts: int = 0
     """
     lower = _compat.lowerings
     aten, prims = torch.ops.aten, torch.ops.prims
-    summed = dtype_of_summed(slots)
+    summed = summed_slots(slots)
     if summed is not None:
-        note("moe_combine", "in the kernel of moe_expert_down")
-        return lower[prims.convert_element_type.default](slots, summed)
+        where = "in the kernel of moe_expert_down"
+        note("moe_combine", f"Inductor IR, its sum {where}" if summed.beside_shared else where)
+        return lower[prims.convert_element_type.default](slots, summed.dtype)
     reason = refusal(slots) or refusal(weights)
     if reason is not None:
         return fallback_noted(_OPS.moe_combine.default, reason, slots, weights, ids, num_experts)

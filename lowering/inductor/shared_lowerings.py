@@ -26,6 +26,7 @@ from ..templates.eager import down_variant, up_variant
 from ..templates.render import ExpertGemmVariant
 from . import _compat
 from .lowerings import SharedTiles, expert_gemm, gemm_schedule, refusal
+from .unsorted_slots import is_in_place
 
 _OPS = torch.ops.diffulex
 MAX_ROW_TILES = 16  # of a shared expert in the routed experts' kernel
@@ -54,10 +55,10 @@ def _size_refusal(schedule: Schedule, max_rows: int | None, top_k: int) -> Reaso
 
 
 def _tiles(
-    variant: ExpertGemmVariant, routed: tuple[Any, Any], shared: tuple[Any, ...], *, rows: Any, top_k: int
+    variant: ExpertGemmVariant, routed: tuple[Any, Any], shared: tuple[Any, ...], *, order: Any, top_k: int
 ) -> tuple[Reason | None, Schedule | None, SharedTiles | None]:
     """(why the shared products stand beside the kernel, or None; the schedule; the shared tiles)."""
-    reason = refusal(routed[0])
+    reason, rows = refusal(routed[0]), order.get_size()[0]
     if reason is None and variant.bias:
         reason = Reason(ReasonCode.LAYOUT, "the experts have a bias")
     if reason is None and variant.interleaved:
@@ -68,6 +69,8 @@ def _tiles(
     if reason is not None:
         return reason, None, None
     schedule, max_rows = gemm_schedule(routed[1], rows, act=variant.act, with_shared=is_batch_invariant())
+    if is_in_place(order):
+        schedule = schedule.ungrouped()
     reason = _size_refusal(schedule, max_rows, top_k)
     return reason, schedule, SharedTiles(shared[0], shared[1:], top_k)
 
@@ -103,7 +106,7 @@ def _moe_expert_up_shared(
     act = canonical(act)
     variant = up_variant(hidden.get_dtype(), act=act, bias=b13 is not None, interleaved=interleaved, shared=True)
     shared = (shared_hidden, shared_w1, *([] if shared_w3 is None else [shared_w3]))
-    reason, schedule, tiles = _tiles(variant, (hidden, w13), shared, rows=order.get_size()[0], top_k=top_k)
+    reason, schedule, tiles = _tiles(variant, (hidden, w13), shared, order=order, top_k=top_k)
     if reason is not None:
         _note_beside("up", reason)
         routed = _compat.lowerings[_OPS.moe_expert_up.default](
@@ -123,7 +126,7 @@ def _moe_expert_down_shared(
     act: Any, w2: Any, b2: Any, order: Any, offsets: Any, shared: Any, shared_w2: Any, top_k: int
 ) -> Any:
     variant = down_variant(act.get_dtype(), bias=b2 is not None, shared=True)
-    reason, schedule, tiles = _tiles(variant, (act, w2), (shared, shared_w2), rows=order.get_size()[0], top_k=top_k)
+    reason, schedule, tiles = _tiles(variant, (act, w2), (shared, shared_w2), order=order, top_k=top_k)
     if reason is not None:
         _note_beside("down", reason)
         routed = _compat.lowerings[_OPS.moe_expert_down.default](act, w2, b2, order, offsets)

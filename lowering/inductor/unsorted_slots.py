@@ -63,7 +63,9 @@ def may_stay_unsorted(dispatch: Node | None, rows: Any, *, most_rows: int, devic
     if hidden.dtype not in KERNEL_DTYPES or hidden.device != device:
         return False
     schedule = planned_schedule(rows, first, device=device)
-    return schedule is not None and not schedule.loop.tma
+    if schedule is not None and schedule.loop.tma:  # does not sort
+        return may_stay_in_place(dispatch, rows, device=device)
+    return schedule is not None
 
 
 def may_stay_in_place(dispatch: Node | None, rows: Any, *, device: torch.device) -> bool:
@@ -96,6 +98,12 @@ def _reads(gemm: Node, dispatch: Node) -> bool:
 def leave_unsorted(order: Any, unsorted: Unsorted) -> None:
     """The expert GEMM that gets the buffer `order` [N] next is to sort, or both GEMMs are to do without."""
     _unsorted.setdefault(_compat.V.graph, {})[order.get_name()] = [unsorted] * (2 if unsorted.by_slot else 1)
+
+
+def is_in_place(order: Any) -> bool:
+    """Whether the next reader of `order` [N] reads slots where they stand."""
+    kept = _unsorted.get(_compat.V.graph, {}).get(order.maybe_get_name())
+    return kept is not None and kept[0].by_slot
 
 
 def take_unsorted(order: Any) -> Unsorted | None:

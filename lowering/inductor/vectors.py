@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import operator
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -31,8 +31,17 @@ if TYPE_CHECKING:
     from .lowerings import SharedTiles
 
 _OPS = torch.ops.diffulex
-# by graph: buffers [1, H] that hold the sum of slots, in the place of the slots, and the dtype of these
-_sums: weakref.WeakKeyDictionary[Any, dict[str, torch.dtype]] = weakref.WeakKeyDictionary()
+# by graph: buffers [1, H] that hold the sum of slots, in the place of the slots
+_sums: weakref.WeakKeyDictionary[Any, dict[str, Summed]] = weakref.WeakKeyDictionary()
+
+
+class Summed(NamedTuple):
+    """Of slots [K, H] in whose place there is their sum [1, H] fp32: their dtype, and whether the kernel has a shared
+    expert's result, too, so that what reads both is another kernel.
+    """
+
+    dtype: torch.dtype
+    beside_shared: bool
 
 
 @_compat.SymbolicGridFn
@@ -65,7 +74,7 @@ def lower_vectors(
         return _run(up, [hidden, weight, ids], hidden.get_dtype(), size=[top_k, width], shared=shared)
     combine = _sum_of(node)
     weights = None if combine is None else _compat.V.graph.env.get(arguments(combine)["weights"])
-    if weights is None:  # computed later
+    if weights is None or (shared is not None and shared.width != rows):  # computed later; no column for each program
         return None
     num_sms = device_spec(weight.get_device().index or 0).num_sms
     read = ["w2"] if shared is None else ["w2", "shared_w2"]
@@ -75,12 +84,13 @@ def lower_vectors(
     inputs = [hidden, weight, ids, _compat.realize_inputs(weights)]
     result, words = _run(total, inputs, torch.float32, size=[1, rows], shared=shared)
     summed = result if shared is None else result[0]
-    _sums.setdefault(_compat.V.graph, {})[summed.get_name()] = hidden.get_dtype()
+    known = Summed(hidden.get_dtype(), beside_shared=shared is not None)
+    _sums.setdefault(_compat.V.graph, {})[summed.get_name()] = known
     return result, f"{words}, adds up the slots"
 
 
-def dtype_of_summed(slots: Any) -> torch.dtype | None:
-    """The dtype of slots [K, H] in whose place the IR node is their sum [1, H] fp32, or None: it is the slots."""
+def summed_slots(slots: Any) -> Summed | None:
+    """What is to know where the IR node is the sum of slots, or None: it is the slots."""
     return _sums.get(_compat.V.graph, {}).get(slots.maybe_get_name())  # None of what is no buffer
 
 

@@ -191,7 +191,7 @@ def cost(rows: int, shape: GemmShape, *, schedule: Schedule, device: DeviceSpec)
 def vector_cost(top_k: int, shape: GemmShape, *, device: DeviceSpec) -> Cost | None:
     """What becomes of one token's GEMM as products with vectors, which read an expert for each of its slots.
 
-    None in dtypes other than those that this was fitted to.
+    A shared expert beside it is not counted. None in dtypes other than those that this was fitted to.
     """
     if shape.element_size != 2:
         return None

@@ -1,8 +1,8 @@
 """The experts of one token as products with vectors, on CUDA: bytes of weights are all that counts there.
 
 Two kernels, `moe_expert_vector_up` and `moe_expert_vector_sum`; the second one adds up the slots as well. Tiles do not
-come from the cost model: in both, each lane of a warp has 16 bytes of a weight row at a time, and about as many of
-them under way as registers allow (`benchmarks/NOTES.md`).
+come from the cost model: in both, a warp has a column of the result, its lanes 16 bytes of a weight row each, and as
+many of them under way as registers allow (`benchmarks/NOTES.md`).
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class VectorSum:
     top_k, width, depth, num_experts   K, H, I and E
     ahead                              weights are read while the kernel before still runs
     num_sms                            of the device
-    shared_depth                       S of a shared expert beside them, or 0
+    shared_depth                       S of a shared expert beside them, whose result is as wide, or 0
     """
 
     top_k: int

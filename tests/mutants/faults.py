@@ -71,6 +71,14 @@ FAULTS = (
         "no_expert",
     ),
     Fault(
+        "a shared expert of another width goes beside one token's sum",
+        "lowering/inductor/vectors.py",
+        "    if weights is None or (shared is not None and shared.width != rows):",
+        "    if weights is None:",
+        (f"{INDUCTOR}/test_vectors.py",),
+        "another_width",
+    ),
+    Fault(
         "weights that the graph writes are read ahead",
         "lowering/inductor/vectors.py",
         "    return is_input and all(is_op(user, *UP_OPS, *DOWN_OPS) for user in weight.users)\n",

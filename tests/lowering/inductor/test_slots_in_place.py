@@ -177,20 +177,27 @@ def test_results_that_do_not_depend_on_the_batch_come_in_one_order():
     assert told[0].startswith("triton moe_dispatch")
 
 
-@pytest.mark.parametrize("function", [plain, biased])
+@pytest.mark.parametrize("function", [plain, biased, with_shared])
 @pytest.mark.parametrize("stage", ["up", "down"])
-def test_a_tuned_schedule_that_groups_row_tiles_does_not_here(stage, function, tmp_path):
-    """Such a loop needs an order: kernels that read slots where they stand have its tiles, and no groups."""
+@pytest.mark.parametrize("tma", [False, True])
+def test_a_tuned_schedule_for_rows_in_order_has_another_loop_here(tma, stage, function, tmp_path):
+    """Kernels that read slots where they stand have its tiles, with no groups and by pointers."""
     device = DeviceSpec.of_properties(FAKE)
-    shape = GemmShape(E, H, WIDTH, True, 4) if stage == "up" else GemmShape(E, WIDTH, H, False, 4)
-    schedule = next(found for found in candidates(shape, device) if found.loop.grouped and not found.loop.tma)
-    inputs = inputs_of(4)
-    with tuned_folder(tmp_path):
+    dtype = torch.float16 if tma else torch.float32
+    depth, width = (H, WIDTH) if stage == "up" else (WIDTH, H)
+    shape = GemmShape(E, depth, width, stage == "up", dtype.itemsize)
+    loops = (found for found in candidates(shape, device) if found.loop.tma == tma)
+    schedule = next(found for found in loops if tma or found.loop.grouped)
+    inputs = inputs_of(4, shared=function is with_shared)
+    inputs = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in inputs]
+    with tuned_folder(tmp_path), collect() as decisions:
         keep(device, {shape: {4: {schedule: 1e-6}}})
         code, told = generated(function, inputs)
     assert told == [SLOTS]
+    reasons = [decision.reason.detail for decision in decisions if decision.stage == "lower" and decision.reason]
+    assert [reason.endswith("for rows that are sorted") for reason in reasons] == ([True] if function is biased else [])
     vectors = any("_row_of_expert" in kernel.source for kernel in code.kernels)
     tiles = f"BLOCK_M : tl.constexpr = {schedule.block_m}\n"
-    assert vectors == (function is plain)
+    assert vectors == (function is not biased) and not code.extern_calls
     assert any(tiles in kernel.source for kernel in code.kernels) == (function is biased)
     check(code, function, inputs)

@@ -17,7 +17,7 @@ from tests.support.oracle import assert_oracle_ratio
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: nothing to fake")
 
 ops = torch.ops.diffulex
-VECTORS = ["triton moe_expert_vector_up", "triton moe_expert_vector_sum", "in the kernel of moe_expert_down"]
+VECTORS = ["triton moe_expert_vector_up", "triton moe_expert_vector_sum", ("in the kernel of", "Inductor IR, its sum")]
 SUMMED_APART = [VECTORS[0], "triton moe_expert_down", "Inductor IR"]
 NONE = ["triton moe_expert_up", "triton moe_expert_down", "Inductor IR"]
 
@@ -137,18 +137,20 @@ def test_values_with_a_shared_expert(codes, function, form, dtype, seed):
     check(code, function, inputs)
 
 
-def test_ids_of_no_expert_add_nothing():
-    inputs = inputs_of((3, 5, 32, 16))
+@pytest.mark.parametrize("shared", [0, 12])
+def test_ids_of_no_expert_add_nothing(shared):
+    inputs = inputs_of((3, 5, 32, 16), shared=shared)
     inputs[1] = torch.zeros(1, 3, dtype=torch.int64)
-    code, told = generated(experts, inputs)
+    function = with_shared if shared else experts
+    code, told = generated(function, inputs)
     assert_told(told, VECTORS)
     for value in (-1, 5, torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).min, 2**32):
         inputs[1] = torch.tensor([[value, 1, value]])
-        check(code, experts, inputs)
+        check(code, function, inputs)
         inputs[1] = torch.full((1, 3), value)
         inputs[3][0], inputs[4][0] = torch.nan, torch.nan  # what an expert that is not asked for holds
-        (out,) = interpreter().graph(code, experts, inputs)
-        assert not out.any()
+        check(code, function, inputs)
+        inputs[3][0], inputs[4][0] = 0.0, 0.0
 
 
 def with_bias(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI):
@@ -285,6 +287,11 @@ def written_later(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI):
     return out_TH
 
 
+def writes_shared(*inputs):
+    inputs[-1].mul_(2)
+    return with_shared(*inputs)
+
+
 def computed(hidden_TH, ids_TK, weights_TK, w13_EJH, w2_EHI):
     return experts(hidden_TH, ids_TK, weights_TK, w13_EJH, (w2_EHI + 1).contiguous())
 
@@ -306,18 +313,33 @@ def test_weights_that_nobody_writes_are_read_ahead(function, ahead):
         assert wait < body.index(reads)
 
 
-def test_a_shared_expert_of_other_rows_is_not_beside_vectors():
-    """Behind a projection of the experts' rows alone: it is as deep as what is projected."""
+@pytest.mark.parametrize(("function", "shared_ahead"), [(with_shared, True), (writes_shared, False)])
+def test_a_shared_experts_weights_are_read_ahead(function, shared_ahead):
+    code, told = generated(function, inputs_of((3, 7, 40, 24), shared=16), graphs=True)
+    assert_told(told, VECTORS)
+    (kernel,) = (k.source for k in code.kernels if "_row_of_expert" in k.source)
+    body = kernel[kernel.index("w_row = ") :]
+    wait = body.index("gdc_wait")
+    for reads in ("shared_w = tl.load(", "_weights("):
+        assert (body.index(reads) < wait) == shared_ahead
+    assert wait < body.index("tl.load(SHARED_A")
+
+
+@pytest.mark.parametrize("narrow", [8, 24, 64])
+def test_a_shared_expert_of_another_width(narrow):
+    """Behind a projection of the experts' rows alone: as deep and as wide as what is projected, 40."""
 
     def function(hidden_TH, project_DH, *inputs):
         w1_SH, w3_SH, w2_HS = inputs[4:]
         act_TS = silu(hidden_TH @ w1_SH.t()) * (hidden_TH @ w3_SH.t())
-        return experts(hidden_TH @ project_DH.t(), *inputs[:4]) + (act_TS @ w2_HS.t())[:, :24]
+        return torch.cat([experts(hidden_TH @ project_DH.t(), *inputs[:4]), act_TS @ w2_HS.t()], 1)
 
-    wide, narrow = inputs_of((3, 7, 40, 24), shared=16), inputs_of((3, 7, 24, 20))
-    inputs = [wide[0], wide[3][0, :24], *narrow[1:], *wide[5:]]
+    wide, routed = inputs_of((3, 7, 40, 24), shared=16), inputs_of((3, 7, narrow, 20))
+    project_DH = torch.randn(narrow, 40, generator=torch.Generator().manual_seed(0)) / 6
+    inputs = [wide[0], project_DH, *routed[1:], *wide[5:]]
     code, told = generated(function, inputs)
-    assert_told(told, [NONE[0], VECTORS[1], VECTORS[2]])
+    assert_told(told, NONE)
+    assert "SHARED_A" in code.kernel("expert_up").source
     check(code, function, inputs)
 
 
@@ -327,7 +349,7 @@ FORMS = {  # and the pieces of weights that are read ahead
     "dsv3": (8, 64, 7168, 2048, 8),
     "qwen2": (4, 60, 2048, 1408, 8),
 }
-SHARED = {"qwen3": 512, "mixtral": 0, "dsv3": 2048, "qwen2": 5632}  # llada2 has qwen3's sizes, nearly
+SHARED = {"qwen3": 512, "mixtral": 4096, "dsv3": 2048, "qwen2": 5632}  # some of these models have none
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -336,12 +358,12 @@ def test_the_kernels_compile(name, shared):
     top_k, num_experts, hidden, width, held = FORMS[name]
     sizes = [(1, hidden), (1, top_k), (1, top_k), (num_experts, 2 * width, hidden), (num_experts, hidden, width)]
     dtypes = [torch.bfloat16, torch.int32, torch.float32, torch.bfloat16, torch.bfloat16]
-    beside = SHARED[name] if shared else 0
-    if beside:
+    if shared:
+        beside = SHARED[name]
         sizes += [(beside, hidden), (beside, hidden), (hidden, beside)]
         dtypes += [torch.bfloat16] * 3
     inputs = [torch.empty(size, dtype=dtype, device="meta") for size, dtype in zip(sizes, dtypes, strict=True)]
-    code, told = generated(with_shared if beside else experts, inputs, graphs=True)
+    code, told = generated(with_shared if shared else experts, inputs, graphs=True)
     assert_told(told, VECTORS)
     facts = compile_kernels(code)
     assert [fact.warps for fact in facts][:2] == [1, 1]
