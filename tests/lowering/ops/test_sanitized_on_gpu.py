@@ -165,7 +165,8 @@ TOLD = {
     "moe_combine": "Inductor IR",
 }
 SORTED = TOLD | {"moe_dispatch": "in the kernel of moe_expert_up"}
-IN_PLACE = TOLD | {"moe_dispatch": "nowhere"}
+VECTORS = {"moe_expert_up": "triton moe_expert_vector_up", "moe_expert_down": "triton moe_expert_vector_sum"}
+IN_PLACE = TOLD | VECTORS | {"moe_dispatch": "nowhere"}
 CASES = {
     "route": (route, RoutingSpec(3)),
     "route_groups_biased": (route, DSV3, {"bias": True}),
