@@ -69,9 +69,8 @@ def _tiles(
     if reason is not None:
         return reason, None, None
     schedule, max_rows = gemm_schedule(routed[1], rows, act=variant.act, with_shared=is_batch_invariant())
-    if is_in_place(order):
-        schedule = schedule.ungrouped()
-    reason = _size_refusal(schedule, max_rows, top_k)
+    # slots in place get another loop from the kernel's lowering, which says why
+    reason = _size_refusal(schedule.ungrouped() if is_in_place(order) else schedule, max_rows, top_k)
     return reason, schedule, SharedTiles(shared[0], shared[1:], top_k)
 
 

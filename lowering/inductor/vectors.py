@@ -7,7 +7,6 @@ first GEMM, somewhere before, had waited for whatever wrote them, see `early`.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
 import weakref
@@ -69,8 +68,12 @@ def lower_vectors(
         if shared is not None and shared.depth != depth:
             return None
         width = intermediate_size(variant.act, rows)
-        up = VectorUp(top_k, width, depth, num_experts, size, act=variant.act, interleaved=variant.interleaved)
-        up = up if shared is None else dataclasses.replace(up, shared_width=shared.width)
+        up = VectorUp(
+            *(top_k, width, depth, num_experts, size),
+            act=variant.act,
+            interleaved=variant.interleaved,
+            shared_width=0 if shared is None else shared.width,
+        )
         return _run(up, [hidden, weight, ids], hidden.get_dtype(), size=[top_k, width], shared=shared)
     combine = _sum_of(node)
     weights = None if combine is None else _compat.V.graph.env.get(arguments(combine)["weights"])

@@ -56,8 +56,8 @@ CONSTANTS = {
 }
 # One token's kernels, of which the second begins while the first runs: seconds each, and of the nominal bandwidth;
 # from four layers on an H200, within 2 % (`benchmarks/NOTES.md`).
-VECTOR_LAUNCH = 1.95e-06
-VECTOR_EFFICIENCY = 0.96
+VECTOR_LAUNCH = 1.97e-06
+VECTOR_EFFICIENCY = 0.922
 # Row tiles that skewed routing adds, of those that all rows but a first tile make: about so for loads as 1 / rank.
 _SKEW = sympy.Rational(1, 4)
 _CONSTANT = {name: sympy.Symbol(name, positive=True) for name in CONSTANTS}

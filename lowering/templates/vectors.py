@@ -14,15 +14,12 @@ import math
 
 from ..activation import IDENTITY, canonical, is_gated, to_triton
 from . import render
+from .eager import power_of_two
 
 Constants = dict[str, int]
 STEP = 8
 # that an SM's registers, 64 Ki, have room for, by the pieces of weights that each of them holds
 PROGRAMS = {STEP: 28, 2 * STEP: 18}
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << max(0, number - 1).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +44,7 @@ class VectorUp:
     @property
     def block_k(self) -> int:
         """Elements of a row at once, 64 bytes for each lane, or fewer."""
-        return min(_power_of_two(self.depth), 2048 // self.element_size)
+        return min(power_of_two(self.depth), 2048 // self.element_size)
 
     @property
     def constants(self) -> Constants:
@@ -115,12 +112,12 @@ class VectorSum:
     @property
     def block_k(self) -> int:
         """Elements of a piece, 16 bytes for each lane, or fewer."""
-        return min(_power_of_two(self.depth), 512 // self.element_size)
+        return min(power_of_two(self.depth), 512 // self.element_size)
 
     @property
     def shared_block(self) -> int:
         """Elements of a row of the shared expert's weights at once."""
-        return min(_power_of_two(self.shared_depth), 1024 // self.element_size)
+        return min(power_of_two(self.shared_depth), 1024 // self.element_size)
 
     @property
     def pieces(self) -> int:

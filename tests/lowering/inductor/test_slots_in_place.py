@@ -201,3 +201,24 @@ def test_a_tuned_schedule_for_rows_in_order_has_another_loop_here(tma, stage, fu
     assert vectors == (function is not biased) and not code.extern_calls
     assert any(tiles in kernel.source for kernel in code.kernels) == (function is biased)
     check(code, function, inputs)
+
+
+def test_a_tuned_loop_that_a_shared_expert_cannot_have_here_is_told(tmp_path):
+    """The down stage stays with the GEMM, as its slots are shown; it reads them in place, with the shared expert."""
+
+    def shown(*inputs):
+        slots_NH, _, _ = stages(inputs[0], inputs[1], *inputs[3:5])
+        w1_SH, w3_SH, w2_HS = inputs[5:]
+        shared_TH = (silu(inputs[0] @ w1_SH.t()) * (inputs[0] @ w3_SH.t())) @ w2_HS.t()
+        return ops.moe_combine(slots_NH, inputs[2]) + shared_TH + slots_NH.sum(0)
+
+    device, shape = DeviceSpec.of_properties(FAKE), GemmShape(E, WIDTH, H, False, 4)
+    schedule = next(found for found in candidates(shape, device) if found.loop.grouped and not found.loop.tma)
+    inputs = inputs_of(4, shared=True)
+    with tuned_folder(tmp_path), collect() as decisions:
+        keep(device, {shape: {4: {schedule: 1e-6}}})
+        code, told = generated(shown, inputs)
+    assert told == [SLOTS] and not code.extern_calls
+    (reason,) = [decision.reason for decision in decisions if decision.stage == "lower" and decision.reason]
+    assert reason.detail == f"{schedule} is for rows that are sorted"
+    check(code, shown, inputs)
