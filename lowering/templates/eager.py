@@ -21,6 +21,7 @@ from ..schedule.plan import MAX_RANGES, schedule_for
 from ..schedule.schedule import SPECIALIZED_EXPERTS, TMA_ALIGNMENT, GemmShape, Schedule, schedule_of, tma_refusal
 from ..state import is_batch_invariant
 from . import standalone
+from .descriptors import host_descriptors
 from .render import ExpertGemmVariant, GradWeightVariant, template_text
 
 
@@ -104,6 +105,8 @@ def _expert_gemm(
         # By all rows, as only the device knows more
         variant = dataclasses.replace(variant, paced=True)
         tensors |= {"PROGRESS": tensors["OFFSETS"].new_zeros(1)}
+    if schedule.loop.specialized and grid:  # there is no descriptor of nothing
+        tensors |= host_descriptors(tensors, block_k=schedule.block_k, gather=variant.gather)
     if schedule.loop.tma:
         grid = min(grid, device_spec(out_NY.device.index or 0).num_sms)
     standalone.launch(

@@ -155,6 +155,8 @@ class ExpertGemmVariant:
     def _specialized(self, arguments: list[str]) -> str:
         assert not self.unlike_specialized(), "what plans a schedule asks for this before"
         assert not (self.shared or self.sorts or self.by_slot), "these are for few rows"
+        described = ["W_DESC"] if self.gather else ["W_DESC", "A_DESC"]
+        arguments = ["A", *described, *(name for name in arguments if name not in ("A", "W"))]
         arguments += ["PROGRESS"] if self.paced else []
         gated, parts = is_gated(self.act), SPECIALIZED_ROWS // 64
         sums = ("acc",) if gated else ("acc", "acc_up")

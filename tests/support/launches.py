@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import subprocess
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,6 +60,18 @@ def compile_for_h100(
         )
     patterns = {"registers": r"Used (\d+) registers", "spilled": r"(\d+) bytes spill"}
     return kernel, {name: sum(map(int, re.findall(found, log.getvalue()))) for name, found in patterns.items()}
+
+
+def sass_of(kernel: Any) -> list[str]:
+    """All instructions of a compiled kernel. Triton's own listing ends at the 4096th."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", cubin.name]
+        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+([^;]*;)", listing)
 
 
 def on_meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
