@@ -100,13 +100,9 @@ def _expert_gemm(
     constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
     constants |= index_constants(tensors, schedule)
     grid = gemm_grid(rows, width, num_experts=num_experts, schedule=schedule)
-    if schedule.loop.specialized and rows > schedule.block_m * num_experts:
-        # row tiles of an expert share its weights; where each has one, setting the count to zero would only take time.
-        # By all rows, as only the device knows more
-        variant = dataclasses.replace(variant, paced=True)
-        tensors |= {"PROGRESS": tensors["OFFSETS"].new_zeros(1)}
     if schedule.loop.specialized and grid:  # there is no descriptor of nothing
         tensors |= host_descriptors(tensors, block_k=schedule.block_k, gather=variant.gather)
+        tensors["TAKEN"] = tensors["OFFSETS"].new_zeros(1)
     if schedule.loop.tma:
         grid = min(grid, device_spec(out_NY.device.index or 0).num_sms)
     standalone.launch(

@@ -87,12 +87,12 @@ FAULTS = (
         "read_ahead",
     ),
     Fault(
-        "programs do not wait for one another",
+        "programs take first tiles of others",
         "lowering/templates/moe_expert_gemm_specialized.jinja",
-        "(gl.load(PROGRESS, volatile=True) < goal)",
-        "(gl.load(PROGRESS, volatile=True) < 0)",
+        "tile = gl.num_programs(0) + gl.atomic_add(",
+        "tile = gl.atomic_add(",
         (f"{TEMPLATES}/test_specialized.py",),
-        "waits_for_the_others",
+        "take_each_tile_once",
     ),
     Fault(
         "the next expert's weights",

@@ -144,45 +144,33 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_nothing_but_time_depends_on_the_count(monkeypatch):
-    """Programs that cannot run beside one another would wait for good, were there no end to their patience."""
-    form = FORMS["several waves"]
-    found, launch = operands(form), standalone.launch
-    wanted = chain(*found, form, specialized(form))
-    counts = {"all are ahead": 2**30, "nobody comes": -(2**30)}
-    took = {}
-    for name, count in counts.items():
-
-        def counted(text, tensors, count=count, **options):
-            tensors["PROGRESS"].fill_(count)
-            launch(text, tensors, **options)
-
-        monkeypatch.setattr(standalone, "launch", counted)
-        assert all(map(torch.equal, wanted, chain(*found, form, specialized(form)))), name
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(50_000_000)  # cycles, in which the host gets ahead: what it takes is not measured
-        begin.record()
-        chain(*found, form, specialized(form))
-        end.record()
-        torch.cuda.synchronize()
-        took[name] = begin.elapsed_time(end)
-    assert took["nobody comes"] > took["all are ahead"] + 0.1, took  # ms; a thousand polls take longer
-    assert took["nobody comes"] < took["all are ahead"] + 50, took  # and come once
-
-
-def test_programs_keep_step():
-    """Each program counts every eighth step of the tiles that all of them have."""
+def test_each_tile_is_taken_once():
+    """A program takes the next tile with the one it has: as many are taken as there are."""
     form = FORMS["several waves"]
     block, order_N, offsets_E1 = operands(form)
     with mock.patch.object(standalone, "launch", wraps=standalone.launch) as launch:
         chain(block, order_N, offsets_E1, form, specialized(form))
-        counts = [call.args[1]["PROGRESS"].item() for call in launch.call_args_list]
-    programs = torch.cuda.get_device_properties(0).multi_processor_count
-    rows = offsets_E1.diff().tolist()
-    row_tiles = sum(-(-count // 192) for count in rows)
-    waves = [row_tiles * (form.width // 128) // programs, row_tiles * (form.hidden // 256) // programs]
-    steps = [-(-form.hidden // 64 // 8), -(-form.width // 64 // 8)]
-    assert counts == [programs * wave * step for wave, step in zip(waves, steps, strict=True)]
+        counts = [call.args[1]["TAKEN"].item() for call in launch.call_args_list]
+    row_tiles = sum(-(-count // 192) for count in offsets_E1.diff().tolist())
+    assert counts == [row_tiles * (form.width // 128), row_tiles * (form.hidden // 256)]
+
+
+def test_whichever_program_takes_a_tile(monkeypatch):
+    """The same bits from one program that takes all of them, from a few, and from many beside another kernel."""
+    form = FORMS["several waves"]
+    found, launch = operands(form), standalone.launch
+    wanted = chain(*found, form, specialized(form))
+    for programs in (1, 2, 7):
+        monkeypatch.setattr(
+            standalone, "launch", lambda *args, grid, n=programs, **options: launch(*args, grid=(n,), **options)
+        )
+        assert all(map(torch.equal, wanted, chain(*found, form, specialized(form)))), programs
+    monkeypatch.setattr(standalone, "launch", launch)
+    side, busy = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+    for _ in range(10):
+        with torch.cuda.stream(side):
+            busy @ busy
+        assert all(map(torch.equal, wanted, chain(*found, form, specialized(form))))
 
 
 def test_groups_of_another_height():
