@@ -87,6 +87,14 @@ FAULTS = (
         "read_ahead",
     ),
     Fault(
+        "programs do not wait for one another",
+        "lowering/templates/moe_expert_gemm_specialized.jinja",
+        "(gl.load(STEPS, volatile=True) < goal)",
+        "(gl.load(STEPS, volatile=True) < 0)",
+        (f"{TEMPLATES}/test_specialized.py",),
+        "waits_for_the_others",
+    ),
+    Fault(
         "programs take first tiles of others",
         "lowering/templates/moe_expert_gemm_specialized.jinja",
         "tile = gl.num_programs(0) + gl.atomic_add(",

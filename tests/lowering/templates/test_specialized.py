@@ -46,7 +46,7 @@ ACTS = {
 }
 
 
-def compiled(sizes, stage, *, act="silu(g) * u", unread=True, dtype=torch.bfloat16):
+def compiled(sizes, stage, *, act="silu(g) * u", unread=True, dtype=torch.bfloat16, paced=False):
     num_experts, top_k, hidden, width = sizes
     up, gated, rows = stage == "up", stage == "up" and is_gated(canonical(act)), 64 * top_k
     out_width, depth = (width, hidden) if up else (hidden, width)
@@ -56,11 +56,11 @@ def compiled(sizes, stage, *, act="silu(g) * u", unread=True, dtype=torch.bfloat
         "ORDER": on_meta(rows, dtype=torch.int32),
         "OFFSETS": on_meta(num_experts + 1, dtype=torch.int32),
         "OUT": on_meta(rows, out_width, dtype=dtype),
-        "TAKEN": on_meta(1, dtype=torch.int32),
+        "COUNTS": on_meta(2, dtype=torch.int32),
     }
     variant = eager.up_variant(dtype, act=act, bias=False) if up else eager.down_variant(dtype, bias=False)
     schedule = Schedule.specialized(gated=gated)
-    variant = dataclasses.replace(variant, unread=unread)
+    variant = dataclasses.replace(variant, unread=unread, paced=paced)
     variant = variant.scheduled(schedule, depth=depth, strides=tensors["W"].stride())
     constants = gemm_constants(num_experts, top_k if up else 1, width=out_width, schedule=schedule)
     tensors |= host_descriptors(tensors, block_k=schedule.block_k, gather=up)
@@ -73,7 +73,7 @@ def compiled(sizes, stage, *, act="silu(g) * u", unread=True, dtype=torch.bfloat
     )
 
 
-def assert_good(kernel, *, most_local=0):
+def assert_good(kernel, *, most_local=0, counts=1):
     """No local memory, but for what a rare activation may need outside of the main loop."""
     lines = sass_of(kernel)
     assert sum(bool(LOCAL.search(line)) for line in lines) <= most_local
@@ -85,8 +85,8 @@ def assert_good(kernel, *, most_local=0):
     assert kernel.metadata.shared <= H100.shared_memory
     ptx = kernel.asm["ptx"]
     assert "cp.async.bulk.tensor.5d" in ptx
-    # the count of tiles, a whole number: no result depends on who comes first
-    assert re.findall(r"\b(?:atom|red)\.\S*", ptx) == ["atom.global.gpu.relaxed.add.u32"]
+    # of tiles, and of steps, whole numbers: no result depends on who comes first
+    assert re.findall(r"\b(?:atom|red)\.\S*", ptx) == ["atom.global.gpu.relaxed.add.u32"] * counts
 
 
 @pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
@@ -96,6 +96,13 @@ def test_models_compile(sizes, stage):
     assert_good(kernel)
     assert ("cp.async.cg" in kernel.asm["ptx"]) == (stage == "up"), "gathered rows by asynchronous copies of 16 bytes"
     assert "st.global.v4" in kernel.asm["ptx"], "16 bytes at once"
+
+
+@pytest.mark.parametrize("sizes", [SHAPES["mixtral"], SHAPES["dsv3, one of four ranks"]], ids=["mixtral", "dsv3"])
+@pytest.mark.parametrize("stage", ["up", "down"])
+def test_programs_that_keep_step_compile(sizes, stage):
+    kernel, _ = compiled(sizes, stage, paced=True)
+    assert_good(kernel, counts=2)
 
 
 @pytest.mark.parametrize(("act", "most_local"), ACTS.items(), ids=ACTS)
@@ -152,15 +159,70 @@ def up_on_meta(schedule, *, bias=False, hidden=64, width=128, strides=None, **op
     )
 
 
+def up_of_rows(rows):
+    order, offsets = torch.zeros(rows, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
+    hidden, w13 = torch.zeros(rows, 64, dtype=torch.bfloat16), torch.zeros(4, 256, 64, dtype=torch.bfloat16)
+    eager.moe_expert_up(hidden, w13, None, order, offsets, act="silu(g) * u", schedule=GATED)
+
+
 def test_each_launch_counts_from_zero(launches):
-    for rows in (12, 0):
-        order, offsets = torch.zeros(rows, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
-        hidden, w13 = torch.zeros(rows, 64, dtype=torch.bfloat16), torch.zeros(4, 256, 64, dtype=torch.bfloat16)
-        for _ in range(2):
-            eager.moe_expert_up(hidden, w13, None, order, offsets, act="silu(g) * u", schedule=GATED)
-    counts = [tensors["TAKEN"] for _, tensors, options in launches if options["grid"] != (0,)]
-    assert [count.tolist() for count in counts] == [[0], [0]]
+    for rows in (12, 12, 0):
+        up_of_rows(rows)
+    counts = [tensors["COUNTS"] for _, tensors, options in launches if options["grid"] != (0,)]
+    assert [count.tolist() for count in counts] == [[0, 0], [0, 0]]
     assert counts[0].data_ptr() != counts[1].data_ptr()
+
+
+def test_programs_keep_step_where_experts_have_two_row_tiles(launches):
+    for rows in (4 * 192, 4 * 192 + 1, 8 * 192, 8 * 192 + 1):
+        up_of_rows(rows)
+    paced = ["_keep_step(COUNTS + 1, waits * goal, patience)" in text for text, _, _ in launches]
+    assert paced == [False, True, True, False]
+    assert [options["name"].endswith("_paced") for *_, options in launches] == paced
+
+
+def loader_function(name, *, paced=False):
+    """The text of a function of the up kernel."""
+    variant = dataclasses.replace(eager.up_variant(torch.bfloat16, act="silu(g) * u", bias=False), paced=paced)
+    text = variant.scheduled(GATED, depth=64, strides=(256 * 64, 64, 1)).source()
+    (function,) = re.findall(rf"^def {name}\(.*?(?=^@|^<|\Z)", text, flags=re.DOTALL | re.MULTILINE)
+    return function
+
+
+class Language:
+    """What `_keep_step` needs of Gluon, for one program beside others that count once for each of its polls."""
+
+    def __init__(self, others):
+        self.count, self.others, self.polls = 0, others, 0
+
+    def atomic_add(self, place, value, sem):
+        self.count += value
+
+    def load(self, place, volatile):
+        assert volatile, "what others wrote since has to be seen"
+        self.polls += 1
+        self.count += self.others
+        return self.count
+
+    @staticmethod
+    def where(condition, one, other):
+        return one if condition else other
+
+
+@pytest.mark.parametrize(
+    ("others", "goal", "patience", "left", "polls"),
+    [
+        (10, 0, 9, 9, 1),  # enough have counted
+        (10, 35, 9, 9, 4),  # soon
+        (0, 35, 9, 0, 10),  # never: no further wait
+        (0, 35, 0, 0, 1),
+    ],
+)
+def test_a_program_waits_for_the_others_but_not_for_good(others, goal, patience, left, polls):
+    language = Language(others)
+    names = {"gl": language}
+    exec(loader_function("_keep_step", paced=True), names)
+    assert names["_keep_step"](None, goal, patience) == left and language.polls == polls
 
 
 class Program:
@@ -203,16 +265,13 @@ class Program:
 @given(st.permutations(range(5)), st.integers(0, 20))
 def test_programs_take_each_tile_once_and_tell_their_warps(order, tiles):
     """Whoever comes first. What was told is replaced when all have read it, and then nobody waits for a tile."""
-    text = eager.up_variant(torch.bfloat16, act="silu(g) * u", bias=False)
-    text = text.scheduled(GATED, depth=64, strides=(256 * 64, 64, 1)).source()
-    (function,) = re.findall(r"^def _load_weights\(.*?(?=^@|^<|\Z)", text, flags=re.DOTALL | re.MULTILINE)
     ring, taken, had = types.SimpleNamespace(index=lambda stage: stage), [0], []
     for number in order:
         program = Program(number, len(order), taken)
         names = dict.fromkeys(("gl", "mbarrier", "tma"), program)
         names |= {"TILES_N": 1, "WIDTH_N": 128, "BLOCK_K": 64, "NUM_STAGES": 4}
         names["_place"] = lambda tile, *rest: (had.append(tile) or 0, 0, 64, 0)  # expert, rows, column
-        exec(function, names)
+        exec(loader_function("_load_weights"), names)
         names["_load_weights"](None, None, tiles, None, None, ring, ring, ring, program, "told", "read", 128)
         told = [value for step, value in program.done if step == "store"]
         steps = [[("wait", 1 - turn % 2), ("store", tile), ("arrive", "told")] for turn, tile in enumerate(told)]
