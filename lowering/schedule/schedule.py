@@ -145,9 +145,9 @@ class GemmShape:
         found = {
             f"in {self.element_size} bytes": self.element_size != 2,
             "not through descriptors": not self.descriptors,
-            f"of {self.num_experts} experts": self.num_experts > SPECIALIZED_EXPERTS,
+            f"of {self.num_experts} experts": not 0 < self.num_experts <= SPECIALIZED_EXPERTS,
             "of weight rows that do not follow one another": not self.rows_follow,
-            f"{self.depth} deep": self.depth % schedule.block_k != 0,
+            f"{self.depth} deep": self.depth == 0 or self.depth % schedule.block_k != 0,
             f"{self.width} wide": self.width % schedule.block_n != 0,
         }
         return tuple(words for words, holds in found.items() if holds)

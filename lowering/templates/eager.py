@@ -102,9 +102,10 @@ def _expert_gemm(
     grid = gemm_grid(rows, width, num_experts=num_experts, schedule=schedule)
     if schedule.loop.specialized and grid:  # there is no descriptor of nothing
         tensors |= host_descriptors(tensors, block_k=schedule.block_k, gather=variant.gather)
-        tensors["COUNTS"] = tensors["OFFSETS"].new_zeros(2)
-        # An expert with two row tiles, of two and three parts: read twice, its weights would take longer than products
-        variant = dataclasses.replace(variant, paced=1 < rows / (schedule.block_m * num_experts) <= 2)
+        tensors["COUNTS"] = tensors["OFFSETS"].new_zeros(2, dtype=torch.int32)
+        # with two row tiles an expert it is weights that bound, of which the two can share one read
+        if 1 < rows / (schedule.block_m * num_experts) <= 2:
+            variant = dataclasses.replace(variant, paced=True)
     if schedule.loop.tma:
         grid = min(grid, device_spec(out_NY.device.index or 0).num_sms)
     standalone.launch(

@@ -89,7 +89,7 @@ class _Hooks:
 
 @dataclasses.dataclass(frozen=True)
 class StandaloneKernel:
-    """A rendered kernel: text, the tensors it takes in order, and the integers read off them."""
+    """A rendered kernel: text, the tensors it takes in order (or descriptors of them), and integers read off them."""
 
     name: str
     source: str

@@ -2,14 +2,10 @@
 
 import dataclasses
 import re
-import textwrap
-import types
 
 import pytest
 import torch
 import triton
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lowering.activation import canonical, is_gated
 from lowering.errors import MoEUnsupportedError, ReasonCode
@@ -46,15 +42,15 @@ ACTS = {
 }
 
 
-def compiled(sizes, stage, *, act="silu(g) * u", unread=True, dtype=torch.bfloat16, paced=False):
+def compiled(sizes, stage, *, act="silu(g) * u", unread=True, dtype=torch.bfloat16, paced=False, wide=False):
     num_experts, top_k, hidden, width = sizes
     up, gated, rows = stage == "up", stage == "up" and is_gated(canonical(act)), 64 * top_k
     out_width, depth = (width, hidden) if up else (hidden, width)
     tensors = {
         "A": on_meta(64 if up else rows, depth, dtype=dtype),
         "W": on_meta(num_experts, out_width * (2 if gated else 1), depth, dtype=dtype),
-        "ORDER": on_meta(rows, dtype=torch.int32),
-        "OFFSETS": on_meta(num_experts + 1, dtype=torch.int32),
+        "ORDER": on_meta(rows, dtype=torch.int64 if wide else torch.int32),
+        "OFFSETS": on_meta(num_experts + 1, dtype=torch.int64 if wide else torch.int32),
         "OUT": on_meta(rows, out_width, dtype=dtype),
         "COUNTS": on_meta(2, dtype=torch.int32),
     }
@@ -67,7 +63,7 @@ def compiled(sizes, stage, *, act="silu(g) * u", unread=True, dtype=torch.bfloat
     return compile_for_h100(
         variant.source(),
         tensors,
-        constants=constants | index_constants(tensors, schedule),
+        constants=constants | ({"ROW_OFFSET": "gl.int64"} if wide else index_constants(tensors, schedule)),
         num_warps=schedule.launched_warps,
         num_stages=schedule.num_stages,
     )
@@ -105,6 +101,15 @@ def test_programs_that_keep_step_compile(sizes, stage):
     assert_good(kernel, counts=2)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "most_local"), [(SHAPES["qwen3"], 4), (SHAPES["llada2"], 8)], ids=["qwen3", "llada2"]
+)
+def test_wide_indices_compile(sizes, most_local):
+    """Rows that begin beyond 2^31 elements take two registers each, and the most shared memory there is."""
+    assert_good(compiled(sizes, "up", wide=True)[0], most_local=most_local)
+    assert_good(compiled(sizes, "down", wide=True)[0])
+
+
 @pytest.mark.parametrize(("act", "most_local"), ACTS.items(), ids=ACTS)
 def test_activations_compile(act, most_local):
     kernel, _ = compiled((16, 4, 1024, 512), "up", act=act, unread=False, dtype=torch.float16)
@@ -118,16 +123,9 @@ def test_only_what_is_whole_is_planned():
     shape = GemmShape(64, 2048, 768, True)
     assert planned(shape) == [GATED]
     assert planned(dataclasses.replace(shape, gated=False)) == [PLAIN]
-    others = {
-        "num_experts": 257,
-        "depth": 2080,
-        "width": 832,
-        "element_size": 4,
-        "descriptors": False,
-        "rows_follow": False,
-    }
-    for name, value in others.items():
-        assert not planned(dataclasses.replace(shape, **{name: value})), name
+    others = [("num_experts", 0), ("num_experts", 257), ("depth", 0), ("depth", 2080), ("width", 832)]
+    for name, value in [*others, ("element_size", 4), ("descriptors", False), ("rows_follow", False)]:
+        assert not planned(dataclasses.replace(shape, **{name: value})), (name, value)
     for capability in ((8, 0), (10, 0), (12, 0)):
         assert not planned(shape, dataclasses.replace(H100, capability=capability))
 
@@ -160,7 +158,7 @@ def up_on_meta(schedule, *, bias=False, hidden=64, width=128, strides=None, **op
 
 
 def up_of_rows(rows):
-    order, offsets = torch.zeros(rows, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
+    order, offsets = torch.zeros(rows, dtype=torch.int32), torch.zeros(5, dtype=torch.int64)
     hidden, w13 = torch.zeros(rows, 64, dtype=torch.bfloat16), torch.zeros(4, 256, 64, dtype=torch.bfloat16)
     eager.moe_expert_up(hidden, w13, None, order, offsets, act="silu(g) * u", schedule=GATED)
 
@@ -169,8 +167,16 @@ def test_each_launch_counts_from_zero(launches):
     for rows in (12, 12, 0):
         up_of_rows(rows)
     counts = [tensors["COUNTS"] for _, tensors, options in launches if options["grid"] != (0,)]
-    assert [count.tolist() for count in counts] == [[0, 0], [0, 0]]
+    assert [(count.tolist(), count.dtype) for count in counts] == 2 * [([0, 0], torch.int32)]
     assert counts[0].data_ptr() != counts[1].data_ptr()
+
+
+def test_no_rows_are_launched_without_descriptors(launches):
+    order, offsets = torch.zeros(0, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
+    w2 = torch.zeros(4, 256, 64, dtype=torch.bfloat16)
+    eager.moe_expert_down(torch.zeros(0, 64, dtype=torch.bfloat16), w2, None, order, offsets, schedule=PLAIN)
+    up_of_rows(0)
+    assert [options["grid"] for *_, options in launches] == [(0,), (0,)]
 
 
 def test_programs_keep_step_where_experts_have_two_row_tiles(launches):
@@ -179,123 +185,6 @@ def test_programs_keep_step_where_experts_have_two_row_tiles(launches):
     paced = ["_keep_step(COUNTS + 1, waits * goal, patience)" in text for text, _, _ in launches]
     assert paced == [False, True, True, False]
     assert [options["name"].endswith("_paced") for *_, options in launches] == paced
-
-
-def loader_function(name, *, paced=False):
-    """The text of a function of the up kernel."""
-    variant = dataclasses.replace(eager.up_variant(torch.bfloat16, act="silu(g) * u", bias=False), paced=paced)
-    text = variant.scheduled(GATED, depth=64, strides=(256 * 64, 64, 1)).source()
-    (function,) = re.findall(rf"^def {name}\(.*?(?=^@|^<|\Z)", text, flags=re.DOTALL | re.MULTILINE)
-    return function
-
-
-class Language:
-    """What `_keep_step` needs of Gluon, for one program beside others that count once for each of its polls."""
-
-    def __init__(self, others):
-        self.count, self.others, self.polls = 0, others, 0
-
-    def atomic_add(self, place, value, sem):
-        self.count += value
-
-    def load(self, place, volatile):
-        assert volatile, "what others wrote since has to be seen"
-        self.polls += 1
-        self.count += self.others
-        return self.count
-
-    @staticmethod
-    def where(condition, one, other):
-        return one if condition else other
-
-
-@pytest.mark.parametrize(
-    ("others", "goal", "patience", "left", "polls"),
-    [
-        (10, 0, 9, 9, 1),  # enough have counted
-        (10, 35, 9, 9, 4),  # soon
-        (0, 35, 9, 0, 10),  # never: no further wait
-        (0, 35, 0, 0, 1),
-    ],
-)
-def test_a_program_waits_for_the_others_but_not_for_good(others, goal, patience, left, polls):
-    language = Language(others)
-    names = {"gl": language}
-    exec(loader_function("_keep_step", paced=True), names)
-    assert names["_keep_step"](None, goal, patience) == left and language.polls == polls
-
-
-class Program:
-    """What the warp with the weights needs of Gluon, of one program of several; notes what the others are told."""
-
-    int32 = torch.int32
-
-    def __init__(self, number, programs, taken):
-        self.number, self.programs, self.taken, self.done = number, programs, taken, []
-
-    def program_id(self, axis):
-        return self.number
-
-    def num_programs(self, axis):
-        return self.programs
-
-    def atomic_add(self, place, value, sem):
-        self.taken[0] += value
-        return self.taken[0] - value
-
-    def full(self, shape, value, dtype, layout):
-        return value
-
-    def wait(self, barrier, phase):
-        if barrier == "read":
-            self.done.append(("wait", phase))
-
-    def store(self, tile):
-        self.done.append(("store", tile))
-
-    def arrive(self, barrier):
-        self.done.append(("arrive", barrier))
-
-    def ignore(self, *operands):
-        pass
-
-    expect = async_copy_global_to_shared = BlockedLayout = ignore
-
-
-@given(st.permutations(range(5)), st.integers(0, 20))
-def test_programs_take_each_tile_once_and_tell_their_warps(order, tiles):
-    """Whoever comes first. What was told is replaced when all have read it, and then nobody waits for a tile."""
-    ring, taken, had = types.SimpleNamespace(index=lambda stage: stage), [0], []
-    for number in order:
-        program = Program(number, len(order), taken)
-        names = dict.fromkeys(("gl", "mbarrier", "tma"), program)
-        names |= {"TILES_N": 1, "WIDTH_N": 128, "BLOCK_K": 64, "NUM_STAGES": 4}
-        names["_place"] = lambda tile, *rest: (had.append(tile) or 0, 0, 64, 0)  # expert, rows, column
-        exec(loader_function("_load_weights"), names)
-        names["_load_weights"](None, None, tiles, None, None, ring, ring, ring, program, "told", "read", 128)
-        told = [value for step, value in program.done if step == "store"]
-        steps = [[("wait", 1 - turn % 2), ("store", tile), ("arrive", "told")] for turn, tile in enumerate(told)]
-        assert program.done == [step for turn in steps for step in turn]
-        assert all(tile < tiles for tile in told[:-1])
-        assert (told[-1] if told else number) >= tiles
-    assert sorted(had) == list(range(tiles))
-
-
-@given(st.lists(st.integers(1, 192), min_size=1, max_size=12))
-def test_groups_share_the_parts_of_tiles_whatever_their_rows(rows_of_tiles):
-    """Each part is one group's, and a tile's first one that of the group which comes behind the last tile's last."""
-    text = eager.up_variant(torch.bfloat16, act="silu(g) * u", bias=False)
-    text = text.scheduled(GATED, depth=64, strides=(256 * 64, 64, 1)).source()
-    (lines,) = re.findall(r"^ +part = .*\n +turn = .*\n", text, flags=re.MULTILINE)
-    names = [{"PART": part, "turn": 0} for part in range(3)]
-    begun = 0
-    for rows in rows_of_tiles:
-        for group in names:
-            exec(textwrap.dedent(lines), group | {"start": 7, "end": 7 + rows}, group)
-        assert sorted(group["part"] for group in names) == [0, 1, 2]
-        first = next(group["PART"] for group in names if group["part"] == 0)
-        assert first == begun % 3
-        begun += -(-rows // 64)
 
 
 REFUSED = {
@@ -363,20 +252,6 @@ def test_more_rows_than_are_counted(launches):
     args = (on_meta(1 << 33, 64), on_meta(4, 256, 64), None, order, offsets)
     with raises_catalogue(MoEUnsupportedError, where="moe_expert_up", got="more than specialised warps count"):
         eager.moe_expert_up(*args, act="silu(g) * u", schedule=GATED)
-
-
-def test_row_tiles_cover_an_expert():
-    """The kernel's formula: in order, without a gap, at most 192 rows each, and by 64 rows of one another."""
-    for rows in (1, 63, 64, 65, 192, 193, 255, 256, 257, 1000, 1024, 5_140_000):
-        chunks = (rows + 63) // 64
-        row_tiles = (chunks + 2) // 3
-        whole = chunks // row_tiles
-        more = chunks - whole * row_tiles
-        begins = [(tile * whole + min(tile, more)) * 64 for tile in range(row_tiles)]
-        ends = [min(rows, begin + (whole + (tile < more)) * 64) for tile, begin in enumerate(begins)]
-        assert begins == [0, *ends[:-1]] and ends[-1] == rows
-        heights = [(end - begin + 63) // 64 for begin, end in zip(begins, ends, strict=True)]
-        assert max(heights) <= 3 and max(heights) - min(heights) <= 1
 
 
 def test_rows_that_are_counted_in_64_bits(launches):

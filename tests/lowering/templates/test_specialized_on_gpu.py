@@ -205,6 +205,31 @@ def test_whichever_program_takes_a_tile(monkeypatch):
         assert all(map(torch.equal, wanted, chain(*found, form, specialized(form))))
 
 
+def test_rows_that_lie_apart():
+    """Parts of wider rows, of A and of the weights, and experts of one step."""
+    form = FORM.replace(hidden=64, act="relu2", width=512)
+    block, order_N, offsets_E1 = operands(form)
+    wide_TH = block.hidden_TH.new_full((form.tokens, 128), torch.nan)
+    wide_EIH = block.w13_EJH.new_full((form.experts, 512, 192), torch.nan)
+    wide_TH[:, :64], wide_EIH[..., :64] = block.hidden_TH, block.w13_EJH
+    args, options = (None, order_N, offsets_E1), {"act": form.act, "schedule": specialized(form)[0]}
+    wanted_NI = eager.moe_expert_up(block.hidden_TH, block.w13_EJH, *args, act=form.act, schedule=OTHERS)
+    assert torch.equal(wanted_NI, eager.moe_expert_up(wide_TH[:, :64], wide_EIH[..., :64], *args, **options))
+    act_NI = wanted_NI.new_full((len(wanted_NI), 576), torch.nan)
+    act_NI[:, :512] = wanted_NI
+    wide_EHI = block.w2_EHI.new_full((form.experts, 256, 1024), torch.nan)
+    wide_EHI[..., :512] = torch.randn_like(wide_EHI[..., :512])
+    parts = (act_NI[:, :512], wide_EHI[..., :512])
+    ours_NH = eager.moe_expert_down(*parts, *args, schedule=specialized(form)[1])
+    assert torch.equal(ours_NH, eager.moe_expert_down(*map(torch.clone, parts), *args, schedule=OTHERS))
+
+
+def test_wide_indices():
+    block, order_N, offsets_E1 = operands(FORM)
+    wanted = chain(block, order_N, offsets_E1, FORM, specialized(FORM))
+    assert all(map(torch.equal, wanted, chain(block, order_N.long(), offsets_E1.long(), FORM, specialized(FORM))))
+
+
 def test_groups_of_another_height():
     """Where a group of row tiles ends, and where an expert has fewer than one."""
     form = FORMS["row tiles in groups"]
