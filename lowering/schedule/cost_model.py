@@ -44,7 +44,7 @@ CONSTANTS = {
     "l2_rate": 1.85,  # of the bandwidth of memory, from L2
     "l2_share": 1.25,  # of L2 that an expert's weights can have and still be there for its next row tile
     "grouped": 1.75e-07,  # seconds a program's place in the grouped order costs
-    "descriptors": 1.62e-06,  # seconds until a kernel has made its tensor descriptors; the host makes others
+    "descriptors": 1.62e-06,  # seconds until a kernel has made its tensor descriptors, or its counts are zero
     "tma_rate": 2.58,  # matrix rate with tensor descriptors against pointers
     "tma_step": 1.97,  # of `step` with tensor descriptors
     "flatten_rate": 0.95,  # matrix rate of a flattened loop
@@ -121,7 +121,7 @@ def gemm_time() -> sympy.Expr:
     waiting = sympy.Piecewise((0, SPECIALIZED > 0), ((step + tile) * waves, True))
     overlap = sympy.Piecewise((c["specialized_overlap"], SPECIALIZED > 0), (c["overlap"], True))
     work = sympy.Max(memory, matrix) + overlap * sympy.Min(memory, matrix)
-    return c["launch"] + (TMA - SPECIALIZED) * c["descriptors"] + work + waiting
+    return c["launch"] + TMA * c["descriptors"] + work + waiting
 
 
 _SCHEDULE = (BM, BN, BK, WARPS, STAGES, TMA, FLATTEN, GROUPED, SPECIALIZED)
