@@ -185,7 +185,7 @@ GPU = tuple(dataclasses.replace(row, gpu=True) for row in (
     Row("cases under compute-sanitizer: memcheck, racecheck", "20, no report", (
         f"{OPS}/test_sanitized_on_gpu.py::test_no_bad_access_and_no_race",
         f"{OPS}/test_sanitized_on_gpu.py::test_nor_by_descriptors",
-    ), least("sanitized_cases", "{:.0f} in all, no report of a fault", bound=2 * 20, total=True)),
+    ), least("sanitized_cases", "{:.0f} in all, no report", bound=2 * 20, total=True)),
     Row("inputs at the edge", "all pass", (
         "tests/lowering/test_edges.py",
         "tests/lowering/test_block_properties.py::test_named_forms_equal_the_oracle",

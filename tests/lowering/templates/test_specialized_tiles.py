@@ -67,62 +67,6 @@ def test_a_program_waits_for_the_others_but_not_for_good(others, goal, patience,
     assert names["_keep_step"](None, goal, patience) == left and language.polls == polls
 
 
-class Program:
-    """What the warp with the weights needs of Gluon, of one program of several; notes what the others are told."""
-
-    int32 = torch.int32
-
-    def __init__(self, number, programs, taken):
-        self.number, self.programs, self.taken, self.done = number, programs, taken, []
-
-    def program_id(self, axis):
-        return self.number
-
-    def num_programs(self, axis):
-        return self.programs
-
-    def atomic_add(self, place, value, sem):
-        self.taken[0] += value
-        return self.taken[0] - value
-
-    def full(self, shape, value, dtype, layout):
-        return value
-
-    def wait(self, barrier, phase):
-        if barrier == "read":
-            self.done.append(("wait", phase))
-
-    def store(self, tile):
-        self.done.append(("store", tile))
-
-    def arrive(self, barrier):
-        self.done.append(("arrive", barrier))
-
-    def ignore(self, *operands):
-        pass
-
-    expect = async_copy_global_to_shared = BlockedLayout = ignore
-
-
-@given(st.permutations(range(5)), st.integers(0, 20))
-def test_programs_take_each_tile_once_and_tell_their_warps(order, tiles):
-    """Whoever comes first. What was told is replaced when all have read it, and then nobody waits for a tile."""
-    ring, taken, had = types.SimpleNamespace(index=lambda stage: stage), [0], []
-    for number in order:
-        program = Program(number, len(order), taken)
-        names = dict.fromkeys(("gl", "mbarrier", "tma"), program)
-        names |= {"TILES_N": 1, "WIDTH_N": 128, "BLOCK_K": 64, "NUM_STAGES": 4}
-        names["_place"] = lambda tile, *rest: (had.append(tile) or 0, 0, 64, 0)  # expert, rows, column
-        exec(function_text("_load_weights"), names)
-        names["_load_weights"](None, None, tiles, None, None, ring, ring, ring, program, "told", "read", 128)
-        told = [value for step, value in program.done if step == "store"]
-        steps = [[("wait", 1 - turn % 2), ("store", tile), ("arrive", "told")] for turn, tile in enumerate(told)]
-        assert program.done == [step for turn in steps for step in turn]
-        assert all(tile < tiles for tile in told[:-1])
-        assert (told[-1] if told else number) >= tiles
-    assert sorted(had) == list(range(tiles))
-
-
 class Barrier:
     """An mbarrier: a phase ends when `count` have arrived. Who waits too long fails."""
 
@@ -141,23 +85,33 @@ class Barrier:
                 self.changed.notify_all()
 
 
+class Readers(Barrier):
+    """An mbarrier at which all have always arrived."""
+
+    def wait(self, phase):
+        pass
+
+
 class Group:
-    """What a group of warps needs of Gluon, each thread of Python one group; `slow` ones take a while to read."""
+    """What a group of warps needs of Gluon, of one program of several, and notes what it does; `slow` ones take a while
+    to read.
+    """
 
     int32 = torch.int32
 
-    def __init__(self, given, *, slow=False):
-        self.given, self.slow, self.taken = given, slow, 0
+    def __init__(self, given, *, number=0, programs=1, taken=None, slow=False):
+        self.given, self.number, self.programs, self.slow, self.done = given, number, programs, slow, []
+        self.taken = [0] if taken is None else taken
 
     def program_id(self, axis):
-        return 0
+        return self.number
 
     def num_programs(self, axis):
-        return 1
+        return self.programs
 
     def atomic_add(self, place, value, sem):
-        self.taken += value
-        return self.taken - value
+        self.taken[0] += value
+        return self.taken[0] - value
 
     def full(self, shape, value, dtype, layout):
         return value
@@ -167,6 +121,7 @@ class Group:
 
     def store(self, tile):
         self.given[0] = tile
+        self.done.append(("store", tile))
 
     def load(self, layout):
         time.sleep(0.002 * self.slow)
@@ -175,15 +130,43 @@ class Group:
     def wait(self, barrier, phase):
         if isinstance(barrier, Barrier):
             barrier.wait(phase)
+            self.done.append(("wait", phase))
 
     def arrive(self, barrier):
         if isinstance(barrier, Barrier):
             barrier.arrive()
+            self.done.append(("arrive", barrier))
 
     def ignore(self, *operands):
         pass
 
     expect = async_copy_global_to_shared = BlockedLayout = ignore
+
+
+def load_weights(group, told, read, *, tiles, depth):
+    """Run the warp with the weights; the tiles that it loads."""
+    ring, had = types.SimpleNamespace(index=lambda stage: stage), []
+    names = dict.fromkeys(("gl", "mbarrier", "tma"), group)
+    names |= {"TILES_N": 1, "WIDTH_N": 128, "BLOCK_K": 64, "NUM_STAGES": 4}
+    names["_place"] = lambda tile, *rest: (had.append(tile) or 0, 0, 64, 0)  # expert, rows, column
+    exec(function_text("_load_weights"), names)
+    names["_load_weights"](None, None, tiles, None, None, ring, ring, ring, group, told, read, depth)
+    return had
+
+
+@given(st.permutations(range(5)), st.integers(0, 20))
+def test_programs_take_each_tile_once_and_tell_their_warps(order, tiles):
+    """Whoever comes first. What was told is replaced when all have read it, and then nobody waits for a tile."""
+    taken, had, told, read = [0], [], Barrier(1), Readers(1)
+    for number in order:
+        group = Group([None], number=number, programs=len(order), taken=taken)
+        had += load_weights(group, told, read, tiles=tiles, depth=128)
+        given = [value for step, value in group.done if step == "store"]
+        steps = [[("wait", 1 - turn % 2), ("store", tile), ("arrive", told)] for turn, tile in enumerate(given)]
+        assert group.done == [step for turn in steps for step in turn]
+        assert all(tile < tiles for tile in given[:-1])
+        assert (given[-1] if given else number) >= tiles
+    assert sorted(had) == list(range(tiles))
 
 
 @pytest.mark.parametrize("tiles", [0, 1, 2, 3, 20])
@@ -192,15 +175,10 @@ def test_all_groups_have_the_tiles_that_one_warp_takes(tiles, slow):
     """With the barriers' counts of the text, whoever is late to read."""
     counts = dict(re.findall(r"mbarrier\.init\((told|read), count=(\d+)\)", kernel_text()))
     told, read = Barrier(int(counts["told"])), Barrier(int(counts["read"]))
-    given, ring, had = [None], types.SimpleNamespace(index=lambda stage: stage), [[] for _ in range(5)]
+    given, had = [None], [[] for _ in range(5)]
 
     def loads():
-        group = Group(given)
-        names = dict.fromkeys(("gl", "mbarrier", "tma"), group)
-        names |= {"TILES_N": 1, "WIDTH_N": 128, "BLOCK_K": 64, "NUM_STAGES": 4}
-        names["_place"] = lambda tile, *rest: (had[4].append(tile) or 0, 0, 64, 0)  # expert, rows, column
-        exec(function_text("_load_weights"), names)
-        names["_load_weights"](None, None, tiles, None, None, ring, ring, ring, group, told, read, 64)
+        had[4] += load_weights(Group(given), told, read, tiles=tiles, depth=64)
 
     def reads(number):
         group = Group(given, slow=number == slow)
