@@ -102,10 +102,7 @@ def _expert_gemm(
     grid = gemm_grid(rows, width, num_experts=num_experts, schedule=schedule)
     if schedule.loop.specialized and grid:  # there is no descriptor of nothing
         tensors |= host_descriptors(tensors, block_k=schedule.block_k, gather=variant.gather)
-        tensors["COUNTS"] = tensors["OFFSETS"].new_zeros(2, dtype=torch.int32)
-        # with two row tiles an expert it is weights that bound, of which the two can share one read
-        if 1 < rows / (schedule.block_m * num_experts) <= 2:
-            variant = dataclasses.replace(variant, paced=True)
+        tensors["TAKEN"] = tensors["OFFSETS"].new_zeros(1, dtype=torch.int32)
     if schedule.loop.tma:
         grid = min(grid, device_spec(out_NY.device.index or 0).num_sms)
     standalone.launch(

@@ -62,7 +62,6 @@ class ExpertGemmVariant:
     sorts      the slots are sorted by the programs themselves, out of IDS (up stage, pointers)
     by_slot    nobody sorts the slots, each is a row tile (one token, pointers)
     unread     rows of no expert are left as they are, instead of zeros (slots that were sorted, no shared expert)
-    paced      programs keep step (specialised warps)
     loop       the fields of the schedule that change the text, see `Schedule`
     """
 
@@ -78,7 +77,6 @@ class ExpertGemmVariant:
     sorts: bool = False
     by_slot: bool = False
     unread: bool = dataclasses.field(default=False, repr=False)
-    paced: bool = dataclasses.field(default=False, repr=False)
     loop: Loop = PLAIN
 
     @property
@@ -156,7 +154,7 @@ class ExpertGemmVariant:
         assert not self.unlike_specialized(), "what plans a schedule asks for this before"
         assert not (self.shared or self.sorts or self.by_slot), "these are for few rows"
         described = ["W_DESC"] if self.gather else ["W_DESC", "A_DESC"]
-        arguments = ["A", *described, *(name for name in arguments if name not in ("A", "W")), "COUNTS"]
+        arguments = ["A", *described, *(name for name in arguments if name not in ("A", "W")), "TAKEN"]
         gated, parts = is_gated(self.act), SPECIALIZED_ROWS // 64
         sums = ("acc",) if gated else ("acc", "acc_up")
         results = [self.act_text(gate=name, up="acc_up") or name for name in sums]
@@ -169,7 +167,6 @@ class ExpertGemmVariant:
             gated=gated,
             results=[_in_gluon(text) for text in results],
             unread=self.unread,
-            paced=self.paced,
             parts=parts,
             functions=_in_gluon(functions) + (_SIGMOID if "sigmoid(" in results[0] else ""),
         )
@@ -187,7 +184,7 @@ class ExpertGemmVariant:
     def _name(self) -> str:
         fields = dataclasses.replace(self, act=canonical(self.act))
         name = f"{self.stage}_{hashlib.sha256(repr(fields).encode()).hexdigest()[:8]}"
-        return f"{name}{'_unread' if self.unread else ''}{'_paced' if self.paced else ''}"
+        return f"{name}_unread" if self.unread else name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ ACTS = {
 }
 
 
-def compiled(sizes, stage, *, act="silu(g) * u", unread=True, dtype=torch.bfloat16, paced=False, wide=False):
+def compiled(sizes, stage, *, act="silu(g) * u", unread=True, dtype=torch.bfloat16, wide=False):
     num_experts, top_k, hidden, width = sizes
     up, gated, rows = stage == "up", stage == "up" and is_gated(canonical(act)), 64 * top_k
     out_width, depth = (width, hidden) if up else (hidden, width)
@@ -52,11 +52,11 @@ def compiled(sizes, stage, *, act="silu(g) * u", unread=True, dtype=torch.bfloat
         "ORDER": on_meta(rows, dtype=torch.int64 if wide else torch.int32),
         "OFFSETS": on_meta(num_experts + 1, dtype=torch.int64 if wide else torch.int32),
         "OUT": on_meta(rows, out_width, dtype=dtype),
-        "COUNTS": on_meta(2, dtype=torch.int32),
+        "TAKEN": on_meta(1, dtype=torch.int32),
     }
     variant = eager.up_variant(dtype, act=act, bias=False) if up else eager.down_variant(dtype, bias=False)
     schedule = Schedule.specialized(gated=gated)
-    variant = dataclasses.replace(variant, unread=unread, paced=paced)
+    variant = dataclasses.replace(variant, unread=unread)
     variant = variant.scheduled(schedule, depth=depth, strides=tensors["W"].stride())
     constants = gemm_constants(num_experts, top_k if up else 1, width=out_width, schedule=schedule)
     tensors |= host_descriptors(tensors, block_k=schedule.block_k, gather=up)
@@ -69,7 +69,7 @@ def compiled(sizes, stage, *, act="silu(g) * u", unread=True, dtype=torch.bfloat
     )
 
 
-def assert_good(kernel, *, most_local=0, counts=1):
+def assert_good(kernel, *, most_local=0):
     """No local memory, but for what a rare activation may need outside of the main loop."""
     lines = sass_of(kernel)
     assert sum(bool(LOCAL.search(line)) for line in lines) <= most_local
@@ -81,8 +81,8 @@ def assert_good(kernel, *, most_local=0, counts=1):
     assert kernel.metadata.shared <= H100.shared_memory
     ptx = kernel.asm["ptx"]
     assert "cp.async.bulk.tensor.5d" in ptx
-    # of tiles, and of steps, whole numbers: no result depends on who comes first
-    assert re.findall(r"\b(?:atom|red)\.\S*", ptx) == ["atom.global.gpu.relaxed.add.u32"] * counts
+    # of tiles, a whole number: no result depends on who comes first
+    assert re.findall(r"\b(?:atom|red)\.\S*", ptx) == ["atom.global.gpu.relaxed.add.u32"]
 
 
 @pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
@@ -92,13 +92,6 @@ def test_models_compile(sizes, stage):
     assert_good(kernel)
     assert ("cp.async.cg" in kernel.asm["ptx"]) == (stage == "up"), "gathered rows by asynchronous copies of 16 bytes"
     assert "st.global.v4" in kernel.asm["ptx"], "16 bytes at once"
-
-
-@pytest.mark.parametrize("sizes", [SHAPES["mixtral"], SHAPES["dsv3, one of four ranks"]], ids=["mixtral", "dsv3"])
-@pytest.mark.parametrize("stage", ["up", "down"])
-def test_programs_that_keep_step_compile(sizes, stage):
-    kernel, _ = compiled(sizes, stage, paced=True)
-    assert_good(kernel, counts=2)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +159,8 @@ def up_of_rows(rows):
 def test_each_launch_counts_from_zero(launches):
     for rows in (12, 12, 0):
         up_of_rows(rows)
-    counts = [tensors["COUNTS"] for _, tensors, options in launches if options["grid"] != (0,)]
-    assert [(count.tolist(), count.dtype) for count in counts] == 2 * [([0, 0], torch.int32)]
+    counts = [tensors["TAKEN"] for _, tensors, options in launches if options["grid"] != (0,)]
+    assert [(count.tolist(), count.dtype) for count in counts] == 2 * [([0], torch.int32)]
     assert counts[0].data_ptr() != counts[1].data_ptr()
 
 
@@ -177,14 +170,6 @@ def test_no_rows_are_launched_without_descriptors(launches):
     eager.moe_expert_down(torch.zeros(0, 64, dtype=torch.bfloat16), w2, None, order, offsets, schedule=PLAIN)
     up_of_rows(0)
     assert [options["grid"] for *_, options in launches] == [(0,), (0,)]
-
-
-def test_programs_keep_step_where_experts_have_two_row_tiles(launches):
-    for rows in (4 * 192, 4 * 192 + 1, 8 * 192, 8 * 192 + 1):
-        up_of_rows(rows)
-    paced = ["_keep_step(COUNTS + 1, waits * goal, patience)" in text for text, _, _ in launches]
-    assert paced == [False, True, True, False]
-    assert [options["name"].endswith("_paced") for *_, options in launches] == paced
 
 
 REFUSED = {

@@ -2,7 +2,7 @@
 text, run in Python; and what the host's descriptors describe.
 """
 
-import dataclasses
+import math
 import re
 import textwrap
 import threading
@@ -11,7 +11,7 @@ import types
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lowering.schedule.schedule import Schedule
@@ -21,50 +21,118 @@ from lowering.templates.descriptors import host_descriptors
 GATED = Schedule.specialized(gated=True)
 
 
-def kernel_text(*, paced=False):
-    variant = dataclasses.replace(eager.up_variant(torch.bfloat16, act="silu(g) * u", bias=False), paced=paced)
+def kernel_text():
+    variant = eager.up_variant(torch.bfloat16, act="silu(g) * u", bias=False)
     return variant.scheduled(GATED, depth=64, strides=(256 * 64, 64, 1)).source()
 
 
-def function_text(name, **options):
-    (function,) = re.findall(rf"^def {name}\(.*?(?=^@|^<|\Z)", kernel_text(**options), flags=re.DOTALL | re.MULTILINE)
-    return function
+def function_text(name):
+    (function,) = re.findall(rf"^def {name}\(.*?(?=^@|^<|\Z)", kernel_text(), flags=re.DOTALL | re.MULTILINE)
+    return function.replace(": gl.constexpr", "")
 
 
-class Language:
-    """What `_keep_step` needs of Gluon, for one program beside others that count once for each of its polls."""
+class Places:
+    """Addresses of elements of a tensor."""
 
-    def __init__(self, others):
-        self.count, self.others, self.polls = 0, others, 0
+    def __init__(self, tensor, index=0):
+        self.tensor, self.index = tensor, index
 
-    def atomic_add(self, place, value, sem):
-        self.count += value
+    def __add__(self, index):
+        return Places(self.tensor, self.index + index)
 
-    def load(self, place, volatile):
-        assert volatile, "what others wrote since has to be seen"
-        self.polls += 1
-        self.count += self.others
-        return self.count
+
+class Vectors:
+    """What the order of tiles needs of Gluon, with tensors for numbers; of many tiles at once."""
+
+    int32 = torch.int32
+    where, arange = staticmethod(torch.where), staticmethod(lambda begin, end, layout: torch.arange(begin, end).int())
+    sum = staticmethod(lambda values, axis: values.sum(axis).int())
+    max = staticmethod(lambda values, axis: values.amax(axis))
+    associative_scan = staticmethod(lambda values, axis, add: values.cumsum(axis).int())
+    minimum = staticmethod(lambda one, other: torch.minimum(torch.as_tensor(one), torch.as_tensor(other)))
+    maximum = staticmethod(lambda one, other: torch.maximum(torch.as_tensor(one), torch.as_tensor(other)))
+    BlockedLayout = staticmethod(lambda *args: None)
+
+    def __init__(self, programs):
+        self.programs = programs
+
+    def num_programs(self, axis):
+        return self.programs
 
     @staticmethod
-    def where(condition, one, other):
-        return one if condition else other
+    def load(places, mask=True, other=0):
+        index = torch.where(torch.as_tensor(mask), places.index, 0)
+        return torch.where(torch.as_tensor(mask), places.tensor[index], other)
 
 
-@pytest.mark.parametrize(
-    ("others", "goal", "patience", "left", "polls"),
-    [
-        (10, 0, 9, 9, 1),  # enough have counted
-        (10, 35, 9, 9, 4),  # soon
-        (0, 35, 9, 0, 10),  # never: no further wait
-        (0, 35, 0, 0, 1),
-    ],
-)
-def test_a_program_waits_for_the_others_but_not_for_good(others, goal, patience, left, polls):
-    language = Language(others)
-    names = {"gl": language}
-    exec(function_text("_keep_step", paced=True), names)
-    assert names["_keep_step"](None, goal, patience) == left and language.polls == polls
+def tiles_in_order(rows_E, *, programs, tiles_n, group_m):
+    """(each expert's first row tile, all tiles [4, tiles]: expert, first row, row behind the last, first column)."""
+    offsets = Places(torch.tensor([0, *rows_E]).cumsum(0))
+    sizes = {"TILES_N": tiles_n, "GROUP_M": group_m, "E_POW2": 64, "NUM_EXPERTS": len(rows_E), "BLOCK_N": 128}
+    names = {"gl": Vectors(programs), "EXPERTS": None, "_add": None, **sizes}
+    exec(function_text("_row_tiles") + function_text("_place"), names)
+    key_E, total = names["_row_tiles"](offsets)
+    keys = types.SimpleNamespace(load=lambda layout: key_E[:, None])
+    found = names["_place"](torch.arange(int(total) * tiles_n).int(), total, keys, offsets, 4)
+    firsts = {int(key) % 64: int(key) // 64 for key in key_E if key < 2**31 - 1}
+    return firsts, torch.stack([value.expand(int(total) * tiles_n) for value in found])
+
+
+ROWS = st.one_of(st.just(0), st.integers(1, 192), st.integers(1, 1500), st.just(64), st.just(193))
+TILES_N = st.sampled_from([1, 3, 16, 112])
+
+
+@settings(deadline=None)
+@given(st.lists(ROWS, min_size=1, max_size=40), st.integers(1, 132), TILES_N, st.integers(1, 9))
+@example([5_140_000], 132, 1, 8)
+@example([1] * 64, 132, 1, 8)
+def test_tiles_cover_all_rows_of_all_experts(rows_E, programs, tiles_n, group_m):
+    """Each row and column once; at most 192 rows a tile, and those of an expert by 64 of one another."""
+    _, found = tiles_in_order(rows_E, programs=programs, tiles_n=tiles_n, group_m=group_m)
+    begin = 0
+    for expert, rows in enumerate(rows_E):
+        tiles = found[1:, found[0] == expert]
+        for column in range(tiles_n) if rows else ():
+            start, end = tiles[:2, tiles[2] == 128 * column].sort(dim=1).values
+            assert start[0] == begin and end[-1] == begin + rows
+            assert torch.equal(start[1:], end[:-1])
+            parts = (end - start + 63) // 64
+            assert parts.max() <= 3 and parts.max() - parts.min() <= 1
+        assert tiles.shape[1] == tiles_n * -(-rows // 192)
+        begin += rows
+
+
+@given(st.lists(ROWS, min_size=1, max_size=40), st.integers(1, 132), TILES_N)
+def test_heavy_tiles_come_first_in_the_last_two_waves(rows_E, programs, tiles_n):
+    firsts, found = tiles_in_order(rows_E, programs=programs, tiles_n=tiles_n, group_m=8)
+    parts = {expert: math.ceil(rows / 64) for expert, rows in enumerate(rows_E) if rows}
+    heaviest = {expert: math.ceil(count / math.ceil(count / 3)) for expert, count in parts.items()}
+    assert set(firsts) == set(heaviest)
+    total, begin, before, behind = found.shape[1] // tiles_n, 0, [], []
+    for expert in heaviest:
+        (behind if begin >= total - 2 * programs // tiles_n else before).append(expert)
+        begin += -(-rows_E[expert] // 192)
+    assert sorted(firsts, key=firsts.get) == before + sorted(behind, key=lambda expert: -heaviest[expert])
+
+
+@pytest.mark.parametrize("others", [1, 15, 16])
+@pytest.mark.parametrize("rows", [128, 384, 500, 640, 1600, 1800, 2200])
+def test_few_experts_end_with_light_tiles(rows, others):
+    """In the last two waves of the last row tiles. Of two row tiles, or one of many experts, weights are read once."""
+    programs, tiles_n = 20, 100
+    _, found = tiles_in_order([640] * others + [rows], programs=programs, tiles_n=tiles_n, group_m=8)
+    groups, size = divmod(math.ceil(rows / 192), 8)
+    by_rows = others < 16 and size > 2
+    last = size * (2 * programs // size + 1)
+    (start, column), sizes = found[1::2, -last:], (size, -1) if by_rows else (-1, size)
+    start, column = (value.reshape(sizes) if by_rows else value.reshape(sizes).T for value in (start, column))
+    assert torch.equal(start, start[:, :1].expand_as(start)), "a row tile each"
+    assert torch.equal(column, column[:1].expand_as(column)), "a column each"
+    parts = (found[2] - found[1] + 63) // 64
+    assert not by_rows or (parts[-last:].diff() <= 0).all()
+    begin = 4 * tiles_n * others
+    for column in (found[3, :begin].reshape(-1, 4), found[3, begin : begin + 8 * tiles_n * groups].reshape(-1, 8)):
+        assert torch.equal(column, column[:, :1].expand_as(column)), "elsewhere by columns"
 
 
 class Barrier:
@@ -97,10 +165,11 @@ class Group:
     to read.
     """
 
-    int32 = torch.int32
+    int32, maximum = torch.int32, staticmethod(max)
 
     def __init__(self, given, *, number=0, programs=1, taken=None, slow=False):
         self.given, self.number, self.programs, self.slow, self.done = given, number, programs, slow, []
+        self.steps = 0  # of all tiles
         self.taken = [0] if taken is None else taken
 
     def program_id(self, axis):
@@ -110,6 +179,7 @@ class Group:
         return self.programs
 
     def atomic_add(self, place, value, sem):
+        self.done.append(("take", self.steps))
         self.taken[0] += value
         return self.taken[0] - value
 
@@ -137,10 +207,14 @@ class Group:
             barrier.arrive()
             self.done.append(("arrive", barrier))
 
+    def expect(self, barrier, size):
+        self.steps += 1
+        assert self.steps < 1000, "no tile is taken"
+
     def ignore(self, *operands):
         pass
 
-    expect = async_copy_global_to_shared = BlockedLayout = ignore
+    async_copy_global_to_shared = BlockedLayout = ignore
 
 
 def load_weights(group, told, read, *, tiles, depth):
@@ -163,10 +237,18 @@ def test_programs_take_each_tile_once_and_tell_their_warps(order, tiles):
         had += load_weights(group, told, read, tiles=tiles, depth=128)
         given = [value for step, value in group.done if step == "store"]
         steps = [[("wait", 1 - turn % 2), ("store", tile), ("arrive", told)] for turn, tile in enumerate(given)]
-        assert group.done == [step for turn in steps for step in turn]
+        assert [step for step in group.done if step[0] != "take"] == [step for turn in steps for step in turn]
         assert all(tile < tiles for tile in given[:-1])
         assert (given[-1] if given else number) >= tiles
     assert sorted(had) == list(range(tiles))
+
+
+@pytest.mark.parametrize(("steps", "before"), [(1, 1), (3, 1), (4, 1), (5, 2), (20, 17)])
+def test_a_tile_is_taken_late(steps, before):
+    """With the fourth step of weights from the end, so that a program which is behind leaves tiles to the others."""
+    group = Group([None])
+    load_weights(group, Barrier(1), Readers(1), tiles=2, depth=64 * steps)
+    assert [step for what, step in group.done if what == "take"] == [before, steps + before]
 
 
 @pytest.mark.parametrize("tiles", [0, 1, 2, 3, 20])
@@ -183,7 +265,7 @@ def test_all_groups_have_the_tiles_that_one_warp_takes(tiles, slow):
     def reads(number):
         group = Group(given, slow=number == slow)
         names = {"gl": group, "mbarrier": group}
-        exec(function_text("_next_tile").replace(": gl.constexpr", ""), names)
+        exec(function_text("_next_tile"), names)
         tile, phase = 0, 0
         while tile < tiles:
             had[number].append(tile)
@@ -230,20 +312,6 @@ def test_groups_share_the_parts_of_tiles_whatever_their_rows(rows_of_tiles):
         first = next(group["PART"] for group in names if group["part"] == 0)
         assert first == begun % 3
         begun += -(-rows // 64)
-
-
-def test_row_tiles_cover_an_expert():
-    """The kernel's formula: in order, without a gap, at most 192 rows each, and by 64 rows of one another."""
-    for rows in (1, 63, 64, 65, 192, 193, 255, 256, 257, 1000, 1024, 5_140_000):
-        chunks = (rows + 63) // 64
-        row_tiles = (chunks + 2) // 3
-        whole = chunks // row_tiles
-        more = chunks - whole * row_tiles
-        begins = [(tile * whole + min(tile, more)) * 64 for tile in range(row_tiles)]
-        ends = [min(rows, begin + (whole + (tile < more)) * 64) for tile, begin in enumerate(begins)]
-        assert begins == [0, *ends[:-1]] and ends[-1] == rows
-        heights = [(end - begin + 63) // 64 for begin, end in zip(begins, ends, strict=True)]
-        assert max(heights) <= 3 and max(heights) - min(heights) <= 1
 
 
 @pytest.mark.parametrize("padding", [0, 64])

@@ -205,7 +205,7 @@ def compiled_gemm(shape, schedule, *, dtype=torch.bfloat16, bias=False, rows=409
     constants |= index_constants(tensors, schedule)
     if schedule.loop.specialized:
         tensors |= host_descriptors(tensors, block_k=schedule.block_k, gather=gather)
-        tensors["COUNTS"] = on_meta(2, dtype=torch.int32)
+        tensors["TAKEN"] = on_meta(1, dtype=torch.int32)
     return compile_for_h100(
         variant.source(),
         tensors,
