@@ -87,12 +87,12 @@ FAULTS = (
         "read_ahead",
     ),
     Fault(
-        "programs do not wait for one another",
+        "experts of the last waves have the same place",
         "lowering/templates/moe_expert_gemm_specialized.jinja",
-        "(gl.load(STEPS, volatile=True) < goal)",
-        "(gl.load(STEPS, volatile=True) < 0)",
+        "two_E = three + (",
+        "two_E = (",
         (f"{TEMPLATES}/test_specialized_tiles.py",),
-        "waits_for_the_others",
+        "cover_all_rows",
     ),
     Fault(
         "a tile's number is replaced before all have read it",
