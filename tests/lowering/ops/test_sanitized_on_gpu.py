@@ -237,7 +237,7 @@ BY_DESCRIPTORS = {
 WHOLE = ODD.replace(hidden=256, width=256, bias=False, dtype=torch.bfloat16)  # as specialised warps ask for
 BY_WARPS = {
     "up_specialized": (up, Schedule.specialized(gated=True)),
-    "up_specialized_two_row_tiles": (up, Schedule.specialized(gated=True), {"tokens": 150, "ids": "one"}),
+    "up_specialized_four_row_tiles": (up, Schedule.specialized(gated=True), {"tokens": 200, "ids": "one"}),
     "up_specialized_ungated": (up, Schedule.specialized(gated=False), {"act": "relu2"}),
     "up_specialized_no_valid_id": (up, Schedule.specialized(gated=True), {"ids": "none"}),
     "down_specialized": (down, Schedule.specialized(gated=False)),

@@ -94,13 +94,11 @@ def test_models_compile(sizes, stage):
     assert "st.global.v4" in kernel.asm["ptx"], "16 bytes at once"
 
 
-@pytest.mark.parametrize(
-    ("sizes", "most_local"), [(SHAPES["qwen3"], 4), (SHAPES["llada2"], 8)], ids=["qwen3", "llada2"]
-)
-def test_wide_indices_compile(sizes, most_local):
+@pytest.mark.parametrize(("name", "most_local"), [("qwen3", 4), ("llada2", 8), ("mixtral", 4)])
+def test_wide_indices_compile(name, most_local):
     """Rows that begin beyond 2^31 elements take two registers each, and the most shared memory there is."""
-    assert_good(compiled(sizes, "up", wide=True)[0], most_local=most_local)
-    assert_good(compiled(sizes, "down", wide=True)[0])
+    assert_good(compiled(SHAPES[name], "up", wide=True)[0], most_local=most_local)
+    assert_good(compiled(SHAPES[name], "down", wide=True)[0])
 
 
 @pytest.mark.parametrize(("act", "most_local"), ACTS.items(), ids=ACTS)

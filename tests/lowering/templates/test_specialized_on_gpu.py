@@ -81,6 +81,20 @@ def test_values_and_bits(form):
     assert_oracle_ratio(ours[1].cpu(), slots(*cpu), slots(*doubles))
 
 
+@pytest.mark.parametrize("last", [70, 2000])
+def test_experts_of_all_kinds(last):
+    """With heaviest row tiles of one, two and three parts, which change places, and light ones at the end."""
+    counts = torch.tensor([60, 700, 130, 1, 0, 192, 64, 300, 65, 0, last])
+    form = FORM.replace(tokens=int(counts.sum()), top_k=1, experts=len(counts), hidden=2048, width=1536)
+    block, *_ = operands(form)
+    ids_N = torch.arange(form.experts).repeat_interleave(counts)
+    ids_N = ids_N[torch.randperm(len(ids_N), generator=torch.Generator().manual_seed(0))]
+    slots = sort_slots(ids_N[:, None], form.experts)
+    found = block, slots.order_N.cuda(), slots.offsets_E1.cuda()
+    assert torch.equal(found[2].diff().cpu(), counts)
+    assert all(map(torch.equal, chain(*found, form, specialized(form)), chain(*found, form, (OTHERS, OTHERS))))
+
+
 def test_a_nan_stays_in_its_row():
     block, order_N, offsets_E1 = operands(FORM)
     block.hidden_TH[5] = torch.nan
@@ -145,10 +159,9 @@ def test_nothing_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("tokens", [3000, 300])
-def test_each_tile_is_taken_once(tokens):
-    """A program takes the next tile with the one it has: as many are taken as there are."""
-    form = FORMS["several waves"].replace(tokens=tokens)
+def test_each_tile_is_taken_once():
+    """A program takes one tile for each that it has: as many are taken as there are."""
+    form = FORMS["several waves"]
     block, order_N, offsets_E1 = operands(form)
     with mock.patch.object(standalone, "launch", wraps=standalone.launch) as launch:
         chain(block, order_N, offsets_E1, form, specialized(form))
