@@ -44,7 +44,7 @@ CONSTANTS = {
     "l2_rate": 1.85,  # of the bandwidth of memory, from L2
     "l2_share": 1.25,  # of L2 that an expert's weights can have and still be there for its next row tile
     "grouped": 1.75e-07,  # seconds a program's place in the grouped order costs
-    "descriptors": 1.62e-06,  # seconds until a kernel has made its tensor descriptors, or its counts are zero
+    "descriptors": 1.62e-06,  # seconds until a kernel has made its tensor descriptors, or its count of tiles is zero
     "tma_rate": 2.58,  # matrix rate with tensor descriptors against pointers
     "tma_step": 1.97,  # of `step` with tensor descriptors
     "flatten_rate": 0.95,  # matrix rate of a flattened loop
