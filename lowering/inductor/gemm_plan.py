@@ -19,7 +19,7 @@ from ..graph.dataflow import arguments, is_op
 from ..ops import DOWN_OPS, UP_OPS
 from ..report import layer_of, record
 from ..schedule.device import DeviceSpec, device_spec
-from ..schedule.plan import MAX_RANGES, exact_schedule, plan, range_of, schedule_for
+from ..schedule.plan import exact_schedule, invariant_plan, plan, range_of, schedule_for
 from ..schedule.schedule import GemmShape, RowRange, Schedule
 from ..schedule.tuned import told
 from ..state import is_batch_invariant
@@ -47,7 +47,7 @@ def _siblings(offsets: torch.fx.Node) -> tuple[GemmShape, ...]:
 
 
 def _ranges(shapes: tuple[GemmShape, ...], device: DeviceSpec) -> tuple[RowRange, ...]:
-    return plan(shapes, device, max_ranges=1 if is_batch_invariant() else MAX_RANGES)
+    return (invariant_plan(shapes, device),) if is_batch_invariant() else plan(shapes, device)
 
 
 def row_range(rows: Any, shapes: tuple[GemmShape, ...], *, device: DeviceSpec) -> RowRange:

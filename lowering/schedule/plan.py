@@ -4,6 +4,7 @@ on the device, the times that were measured then.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -51,7 +52,7 @@ def _descriptor_schedules(shape: GemmShape, device: DeviceSpec) -> Iterator[Sche
             group_m = 16 if shape.gated else 8  # with halves twice as wide, a wave's square has twice the row tiles
             yield Schedule(block_m, block_n, block_k, block_m // 16, num_stages, loop, group_m)
     if device.capability[0] == 9 and not shape.unlike_specialized():  # products of sm_90 alone
-        yield Schedule.specialized(gated=shape.gated)
+        yield shape.specialized
 
 
 @functools.lru_cache(maxsize=256)
@@ -111,6 +112,12 @@ def plan(
     )
 
 
+def invariant_plan(shapes: tuple[GemmShape, ...], device: DeviceSpec) -> RowRange:
+    """One range for any number of rows, whose schedules sum a row in an order that no other row bears upon."""
+    (found,) = plan(shapes, device, max_ranges=1)
+    return dataclasses.replace(found, schedules=tuple(each.without_split_k() for each in found.schedules))
+
+
 @functools.lru_cache(maxsize=1024)
 def exact_schedule(rows: int, shape: GemmShape, *, device: DeviceSpec, tuned: bool = True) -> Schedule:
     """The schedule for one GEMM that will only ever have `rows` rows, 0 too.
@@ -123,9 +130,9 @@ def exact_schedule(rows: int, shape: GemmShape, *, device: DeviceSpec, tuned: bo
     return min(schedules, key=lambda found: time(rows, found))
 
 
-def schedule_for(rows: int, shape: GemmShape, *, device: DeviceSpec, max_ranges: int = MAX_RANGES) -> Schedule:
+def schedule_for(rows: int, shape: GemmShape, *, device: DeviceSpec) -> Schedule:
     """The schedule for one GEMM over `rows` rows, out of the few that all row counts share."""
-    return range_of(rows, plan((shape,), device, max_ranges=max_ranges)).schedules[0]
+    return range_of(rows, plan((shape,), device)).schedules[0]
 
 
 def range_of(rows: int | None, ranges: tuple[RowRange, ...]) -> RowRange:

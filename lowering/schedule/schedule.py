@@ -18,6 +18,8 @@ class Loop:
     subtiles  1 or 2 parts of a tile's columns are stored one after the other (tma)
     grouped   row tiles of an expert share columns of weights in groups (always so with tma)
     specialized  some warps load and others multiply (tma, tiles of 192 rows, see `Schedule.specialized`)
+    split_k   the last tiles, fewer than SMs, go in pieces of their reduction (specialized); how a row is summed then
+              depends on how many there are
     """
 
     tma: bool = False
@@ -25,6 +27,7 @@ class Loop:
     subtiles: int = 1
     grouped: bool = False
     specialized: bool = False
+    split_k: bool = False
 
     def __str__(self) -> str:
         words = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is True]
@@ -33,6 +36,8 @@ class Loop:
 
 PLAIN = Loop()
 SPECIALIZED_EXPERTS = 256  # whose places fit into what shared memory operands leave free
+SPLIT_DEPTH = 8192  # of a reduction whose last tiles are worth pieces: less is over before partial sums are added
+MOST_PIECES = 3  # of a tile then: as fast as more
 SPECIALIZED_ROWS = 192  # of a tile whose warps are specialised: three groups of four warps, of 64 rows each
 
 
@@ -76,9 +81,14 @@ class Schedule:
         return dataclasses.replace(self.without_specialized(), loop=PLAIN)
 
     @classmethod
-    def specialized(cls, *, gated: bool) -> Schedule:
-        """The one schedule with specialised warps; `num_warps` counts those that multiply."""
-        return cls(SPECIALIZED_ROWS, 128 if gated else 256, 64, 12, 4, Loop(tma=True, specialized=True))
+    def specialized(cls, *, gated: bool, split_k: bool = False) -> Schedule:
+        """The schedule with specialised warps; `num_warps` counts those that multiply."""
+        loop = Loop(tma=True, specialized=True, split_k=split_k)
+        return cls(SPECIALIZED_ROWS, 128 if gated else 256, 64, 12, 4, loop)
+
+    def without_split_k(self) -> Schedule:
+        """The same tiles, each in one piece."""
+        return dataclasses.replace(self, loop=dataclasses.replace(self.loop, split_k=False))
 
     def without_specialized(self) -> Schedule:
         """The nearest schedule whose warps all load and multiply."""
@@ -139,9 +149,14 @@ class GemmShape:
         width = rows // 2 if gated else rows
         return cls(num_experts, depth, width, gated, element_size, descriptors, rows_follow=follow)
 
+    @property
+    def specialized(self) -> Schedule:
+        """The schedule with specialised warps that is planned for this shape, where it is for it."""
+        return Schedule.specialized(gated=self.gated, split_k=self.depth >= SPLIT_DEPTH)
+
     def unlike_specialized(self) -> tuple[str, ...]:
         """What of this shape the schedule with specialised warps is not for."""
-        schedule = Schedule.specialized(gated=self.gated)
+        schedule = self.specialized
         found = {
             f"in {self.element_size} bytes": self.element_size != 2,
             "not through descriptors": not self.descriptors,

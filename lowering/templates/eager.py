@@ -17,8 +17,17 @@ from ..activation import IDENTITY, canonical, intermediate_size, is_gated
 from ..errors import MoEUnsupportedError, Reason, ReasonCode
 from ..report import record
 from ..schedule.device import device_spec
-from ..schedule.plan import MAX_RANGES, schedule_for
-from ..schedule.schedule import SPECIALIZED_EXPERTS, TMA_ALIGNMENT, GemmShape, Schedule, schedule_of, tma_refusal
+from ..schedule.plan import invariant_plan, schedule_for
+from ..schedule.schedule import (
+    MOST_PIECES,
+    SPECIALIZED_EXPERTS,
+    SPECIALIZED_ROWS,
+    TMA_ALIGNMENT,
+    GemmShape,
+    Schedule,
+    schedule_of,
+    tma_refusal,
+)
 from ..state import is_batch_invariant
 from . import standalone
 from .descriptors import host_descriptors
@@ -100,11 +109,12 @@ def _expert_gemm(
     constants = gemm_constants(num_experts, top_k, width=width, schedule=schedule)
     constants |= index_constants(tensors, schedule)
     grid = gemm_grid(rows, width, num_experts=num_experts, schedule=schedule)
+    if schedule.loop.tma:
+        grid *= MOST_PIECES if schedule.loop.split_k else 1
+        grid = min(grid, device_spec(out_NY.device.index or 0).num_sms)
     if schedule.loop.specialized and grid:  # there is no descriptor of nothing
         tensors |= host_descriptors(tensors, block_k=schedule.block_k, gather=variant.gather)
-        tensors["TAKEN"] = tensors["OFFSETS"].new_zeros(1, dtype=torch.int32)
-    if schedule.loop.tma:
-        grid = min(grid, device_spec(out_NY.device.index or 0).num_sms)
+        tensors |= _shared_memory(grid, split_k=schedule.loop.split_k, like=tensors["OFFSETS"])
     standalone.launch(
         variant.source(),
         tensors,
@@ -116,12 +126,23 @@ def _expert_gemm(
     )
 
 
+def _shared_memory(programs: int, *, split_k: bool, like: Tensor) -> dict[str, Tensor]:
+    """What programs with specialised warps share: TAKEN, and with split_k PARTIALS, of up to a piece a program."""
+    # pieces are of half as many tiles at most, of three parts each
+    memory = {"TAKEN": like.new_zeros(1 + (3 * programs // 2 if split_k else 0), dtype=torch.int32)}
+    if split_k:
+        memory["PARTIALS"] = like.new_empty(programs * SPECIALIZED_ROWS * 256, dtype=torch.float32)
+    return memory
+
+
 def _planned(variant: ExpertGemmVariant, tensors: dict[str, Tensor]) -> Schedule:
     """The schedule for these tensors; addresses and strides are looked at where descriptors would read them."""
     rows, shape = tensors["OUT"].shape[0], dataclasses.replace(_shape_of(variant, tensors), descriptors=True)
     device = device_spec(tensors["W"].device.index or 0)
-    max_ranges = 1 if is_batch_invariant() else MAX_RANGES
-    schedule = schedule_for(rows, shape, device=device, max_ranges=max_ranges)
+    if is_batch_invariant():
+        (schedule,) = invariant_plan((shape,), device).schedules
+    else:
+        schedule = schedule_for(rows, shape, device=device)
     reason = _refusal(variant, tensors, schedule)
     if reason is not None and schedule.loop.specialized:
         record("plan", variant.stage, layer="", outcome="no specialised warps", reason=reason)
@@ -149,7 +170,7 @@ def _refusal(variant: ExpertGemmVariant, tensors: dict[str, Tensor], schedule: S
     if schedule.loop.specialized:
         shape, rows = _shape_of(variant, tensors), tensors["OUT"].shape[0]
         reason = specialized_refusal(variant, shape)
-        known = Schedule.specialized(gated=shape.gated)
+        known = shape.specialized if schedule.loop.split_k else shape.specialized.without_split_k()
         if reason is None and dataclasses.replace(schedule, group_m=known.group_m) != known:
             reason = Reason(ReasonCode.SCHEDULE, f"specialised warps have {known}, and other groups of row tiles alone")
         if reason is None and (rows // known.block_m + shape.num_experts) * SPECIALIZED_EXPERTS >= 2**31:

@@ -15,7 +15,7 @@ from importlib import resources
 import jinja2
 
 from ..activation import IDENTITY, canonical, is_gated, to_triton
-from ..schedule.schedule import PLAIN, SPECIALIZED_ROWS, Loop, Schedule, is_transposed
+from ..schedule.schedule import MOST_PIECES, PLAIN, SPECIALIZED_ROWS, Loop, Schedule, is_transposed
 
 # angle brackets: the host's hooks keep jinja's braces
 _ENVIRONMENT = jinja2.Environment(
@@ -155,6 +155,8 @@ class ExpertGemmVariant:
         assert not (self.shared or self.sorts or self.by_slot), "these are for few rows"
         described = ["W_DESC"] if self.gather else ["W_DESC", "A_DESC"]
         arguments = ["A", *described, *(name for name in arguments if name not in ("A", "W")), "TAKEN"]
+        split_k = self.loop.split_k
+        arguments += ["PARTIALS"] if split_k else []
         gated, parts = is_gated(self.act), SPECIALIZED_ROWS // 64
         sums = ("acc",) if gated else ("acc", "acc_up")
         results = [self.act_text(gate=name, up="acc_up") or name for name in sums]
@@ -168,6 +170,10 @@ class ExpertGemmVariant:
             results=[_in_gluon(text) for text in results],
             unread=self.unread,
             parts=parts,
+            split_k=split_k,
+            cut="whole, pieces, " if split_k else "",
+            units="whole + (total * TILES_N - whole) * pieces" if split_k else "total * TILES_N",
+            most_pieces=MOST_PIECES,
             functions=_in_gluon(functions) + (_SIGMOID if "sigmoid(" in results[0] else ""),
         )
 

@@ -243,6 +243,8 @@ BY_WARPS = {
     "down_specialized": (down, Schedule.specialized(gated=False)),
     "down_specialized_two_row_tiles": (down, Schedule.specialized(gated=False), {"tokens": 150, "ids": "one"}),
     "down_specialized_one_token": (down, Schedule.specialized(gated=False), {"tokens": 1}),
+    "up_specialized_in_pieces": (up, Schedule.specialized(gated=True, split_k=True), {"hidden": 8192, "width": 128}),
+    "down_specialized_in_pieces": (down, Schedule.specialized(gated=False, split_k=True), {"width": 8192}),
 }
 COMPILED = {
     "compiled_one_token": (compiled, 1, IN_PLACE),

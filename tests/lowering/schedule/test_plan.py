@@ -105,8 +105,7 @@ def test_bounds_lie_between_points_of_the_grid():
 
 def test_one_range_for_any_number_of_rows():
     (only,) = plan((UP,), H100, max_ranges=1)
-    for rows in (1, 64, 1 << 20):
-        assert schedule_for(rows, UP, device=H100, max_ranges=1) == only.schedules[0]
+    assert only.max_rows is None
     assert plan((UP, DOWN), H100, max_ranges=1)[0].schedules[0] == only.schedules[0], "whatever is planned beside"
 
 

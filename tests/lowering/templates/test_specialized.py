@@ -1,6 +1,8 @@
 """The kernels with specialised warps without a GPU: compiled for sm_90, refused with reasons, called by graphs."""
 
+import contextlib
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -14,8 +16,9 @@ from lowering.inductor.offline import offline_source
 from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
 from lowering.schedule.device import H100
-from lowering.schedule.plan import candidates
-from lowering.schedule.schedule import GemmShape, Schedule, numbers_of
+from lowering.schedule.plan import candidates, invariant_plan, plan
+from lowering.schedule.schedule import SPLIT_DEPTH, GemmShape, Schedule, numbers_of
+from lowering.state import batch_invariant
 from lowering.templates import eager, standalone
 from lowering.templates.descriptors import host_descriptors
 from lowering.templates.eager import gemm_constants, index_constants
@@ -25,12 +28,19 @@ from tests.support.inputs import BlockForm
 from tests.support.launches import compile_for_h100, on_meta, sass_of
 
 GATED, PLAIN = Schedule.specialized(gated=True), Schedule.specialized(gated=False)
+IN_PIECES = Schedule.specialized(gated=True, split_k=True)
 SHAPES = {
     "qwen3": (128, 8, 2048, 768),
     "mixtral": (8, 2, 4096, 14336),
     "llada2": (256, 8, 2048, 512),
     "dsv3, one of four ranks": (64, 8, 7168, 2048),
     "200 experts": (200, 8, 1024, 256),
+}
+DEEP = {  # whose last tiles go in pieces
+    "mixtral": (*SHAPES["mixtral"], "down"),
+    "128 experts": (128, 1, 5120, 8192, "down"),
+    "up": (16, 2, 8192, 2048, "up"),
+    "256 experts up": (256, 2, 8192, 2048, "up"),
 }
 LOCAL = re.compile(r"\b(STL|LDL)\b")
 # instructions with local memory that an activation may have, outside of loops
@@ -52,14 +62,14 @@ def compiled(sizes, stage, *, act="silu(g) * u", unread=True, dtype=torch.bfloat
         "ORDER": on_meta(rows, dtype=torch.int64 if wide else torch.int32),
         "OFFSETS": on_meta(num_experts + 1, dtype=torch.int64 if wide else torch.int32),
         "OUT": on_meta(rows, out_width, dtype=dtype),
-        "TAKEN": on_meta(1, dtype=torch.int32),
     }
     variant = eager.up_variant(dtype, act=act, bias=False) if up else eager.down_variant(dtype, bias=False)
-    schedule = Schedule.specialized(gated=gated)
+    schedule = GemmShape(num_experts, depth, out_width, gated).specialized
     variant = dataclasses.replace(variant, unread=unread)
     variant = variant.scheduled(schedule, depth=depth, strides=tensors["W"].stride())
     constants = gemm_constants(num_experts, top_k if up else 1, width=out_width, schedule=schedule)
     tensors |= host_descriptors(tensors, block_k=schedule.block_k, gather=up)
+    tensors |= eager._shared_memory(H100.num_sms, split_k=schedule.loop.split_k, like=tensors["OFFSETS"])
     return compile_for_h100(
         variant.source(),
         tensors,
@@ -81,17 +91,35 @@ def assert_good(kernel, *, most_local=0):
     assert kernel.metadata.shared <= H100.shared_memory
     ptx = kernel.asm["ptx"]
     assert "cp.async.bulk.tensor.5d" in ptx
-    # of tiles, a whole number: no result depends on who comes first
-    assert re.findall(r"\b(?:atom|red)\.\S*", ptx) == ["atom.global.gpu.relaxed.add.u32"]
+    # of tiles and of pieces, whole numbers: no result depends on who comes first
+    atomics = re.findall(r"\b(?:atom|red)\.\S*", ptx)
+    assert atomics.pop(atomics.index("atom.global.gpu.relaxed.add.u32"))
+    assert atomics == ["atom.global.gpu.acq_rel.add.u32"] * len(atomics)
+    return len(atomics)
 
 
 @pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("stage", ["up", "down"])
 def test_models_compile(sizes, stage):
     kernel, _ = compiled(sizes, stage)
-    assert_good(kernel)
+    assert assert_good(kernel) == (3 if (sizes[2] if stage == "up" else sizes[3]) >= SPLIT_DEPTH else 0)
     assert ("cp.async.cg" in kernel.asm["ptx"]) == (stage == "up"), "gathered rows by asynchronous copies of 16 bytes"
     assert "st.global.v4" in kernel.asm["ptx"], "16 bytes at once"
+
+
+@pytest.mark.parametrize("sizes", DEEP.values(), ids=DEEP)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_deep_reductions_compile(sizes, dtype):
+    """All threads of a group have written their sums before one of them tells so, and read those of others behind."""
+    kernel, _ = compiled(sizes[:4], sizes[4], dtype=dtype)
+    assert assert_good(kernel) == 3
+    ahead, *told = kernel.asm["ptx"].split("atom.global.gpu.acq_rel.add.u32")
+    for before, after in itertools.pairwise([ahead, *told]):
+        barrier = before.rindex("bar.sync")
+        assert "st.global" in before[:barrier]
+        assert not re.search(r"st\.global|ld\.global", before[barrier:])
+        assert after.index("bar.sync") < after.index("ld.global")
+        assert "ld.global.cg" in after
 
 
 @pytest.mark.parametrize(("name", "most_local"), [("qwen3", 4), ("llada2", 8), ("mixtral", 4)])
@@ -117,6 +145,8 @@ def test_only_what_is_whole_is_planned():
     others = [("num_experts", 0), ("num_experts", 257), ("depth", 0), ("depth", 2080), ("width", 832)]
     for name, value in [*others, ("element_size", 4), ("descriptors", False), ("rows_follow", False)]:
         assert not planned(dataclasses.replace(shape, **{name: value})), (name, value)
+    assert planned(dataclasses.replace(shape, depth=SPLIT_DEPTH)) == [IN_PIECES]
+    assert planned(dataclasses.replace(shape, depth=SPLIT_DEPTH - 64)) == [GATED]
     for capability in ((8, 0), (10, 0), (12, 0)):
         assert not planned(shape, dataclasses.replace(H100, capability=capability))
 
@@ -124,6 +154,15 @@ def test_only_what_is_whole_is_planned():
 def test_the_nearest_other_schedule_is_one_that_is_planned():
     for schedule, gated in ((GATED, True), (PLAIN, False)):
         assert schedule.without_specialized() in candidates(GemmShape(64, 2048, 768, gated), H100)
+
+
+def test_rows_that_may_not_depend_on_others_are_not_summed_in_pieces():
+    shapes = (GemmShape(8, 4096, 14336, True), GemmShape(8, 14336, 4096, False))
+    found = invariant_plan(shapes, H100)
+    assert found.max_rows is None
+    assert found.schedules == tuple(each.without_split_k() for each in plan(shapes, H100, max_ranges=1)[0].schedules)
+    assert [each.loop.specialized for each in found.schedules] == [True, True]
+    assert [each.loop.split_k for each in plan(shapes, H100, max_ranges=1)[0].schedules] == [False, True]
 
 
 class Device:
@@ -162,6 +201,18 @@ def test_each_launch_counts_from_zero(launches):
     assert counts[0].data_ptr() != counts[1].data_ptr()
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_deep_reduction_of_a_plan(launches, monkeypatch, invariant):
+    monkeypatch.setattr(eager, "device_spec", lambda index: H100)
+    order, offsets = on_meta(4096, dtype=torch.int32), on_meta(9, dtype=torch.int32)
+    with batch_invariant() if invariant else contextlib.nullcontext():
+        eager.moe_expert_down(on_meta(4096, 14336), on_meta(8, 4096, 14336), None, order, offsets)
+    ((text, tensors, options),) = launches
+    assert ("PARTIALS" in text, "PARTIALS" in tensors) == (not invariant, not invariant)
+    assert "gluon" in text
+    assert options["grid"] == (132,)
+
+
 def test_no_rows_are_launched_without_descriptors(launches):
     order, offsets = torch.zeros(0, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
     w2 = torch.zeros(4, 256, 64, dtype=torch.bfloat16)
@@ -180,6 +231,14 @@ REFUSED = {
 }
 
 
+def test_a_shallow_reduction_is_in_one_piece(launches):
+    with raises_catalogue(MoEUnsupportedError, where="moe_expert_up", got="specialised warps have 192x128x64"):
+        up_on_meta(IN_PIECES)
+    up_on_meta(IN_PIECES, hidden=SPLIT_DEPTH)
+    up_on_meta(GATED, hidden=SPLIT_DEPTH)
+    assert ["PARTIALS" in tensors for _, tensors, _ in launches] == [True, False]
+
+
 @pytest.mark.parametrize("change", REFUSED)
 def test_an_explicit_request_is_refused_with_the_reason(change, launches):
     options, got = REFUSED[change]
@@ -192,7 +251,7 @@ def test_an_explicit_request_is_refused_with_the_reason(change, launches):
 
 @pytest.mark.parametrize("change", REFUSED)
 def test_a_plan_falls_back_and_says_why(change, launches, monkeypatch):
-    monkeypatch.setattr(eager, "schedule_for", lambda rows, shape, device, max_ranges: GATED)
+    monkeypatch.setattr(eager, "schedule_for", lambda rows, shape, device: GATED)
     options, got = REFUSED[change]
     with collect() as decisions:
         up_on_meta(None, **options)

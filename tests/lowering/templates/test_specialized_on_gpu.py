@@ -9,9 +9,9 @@ import torch
 from lowering.inductor import lowerings
 from lowering.inductor.passes import register_lowerings
 from lowering.report import collect
-from lowering.schedule.schedule import Loop, Schedule
+from lowering.schedule.schedule import SPLIT_DEPTH, Loop, Schedule
 from lowering.templates import eager, standalone
-from tests.support.inputs import BlockForm, make_block, sort_slots
+from tests.support.inputs import BlockForm, cast, down_args, make_block, sort_slots, up_args
 from tests.support.oracle import assert_oracle_ratio
 
 pytestmark = pytest.mark.gpu
@@ -93,6 +93,50 @@ def test_experts_of_all_kinds(last):
     found = block, slots.order_N.cuda(), slots.offsets_E1.cuda()
     assert torch.equal(found[2].diff().cpu(), counts)
     assert all(map(torch.equal, chain(*found, form, specialized(form)), chain(*found, form, (OTHERS, OTHERS))))
+
+
+DEEP = FORM.replace(width=SPLIT_DEPTH)
+GATHERED = FORM.replace(hidden=SPLIT_DEPTH)
+IN_PIECES = {  # stage, form, and of 132 programs: in how many pieces so many last tiles go
+    "all in two": ("down", DEEP.replace(hidden=768), 2, 63),
+    "all in three": ("down", DEEP.replace(tokens=400), 3, 14),
+    "the last ones in two": ("down", DEEP.replace(tokens=2000, hidden=2048), 2, 60),
+    "the last ones in three": ("down", DEEP.replace(hidden=2048), 3, 36),
+    "none": ("down", DEEP.replace(tokens=2000, hidden=1024), 1, 0),
+    "pieces of unlike depth": ("down", DEEP.replace(width=SPLIT_DEPTH + 64, tokens=100, dtype=torch.float16), 3, 14),
+    "no valid id": ("down", DEEP.replace(ids="none"), 1, 0),
+    "gated": ("up", GATHERED, 2, 63),
+    "ungated": ("up", GATHERED.replace(tokens=300, act="relu2", width=512), 3, 14),
+    "many experts": ("up", GATHERED.replace(tokens=100, width=128, experts=40), 3, 40),
+}
+
+
+@pytest.mark.parametrize("case", IN_PIECES)
+def test_in_pieces(case):
+    """The ratio rule, the same bits each time, and each part of a tile added up once: when all its pieces are there."""
+    stage, form, pieces, tiles = IN_PIECES[case]
+    gated = stage == "up" and form.act != "relu2"
+    schedule = Schedule.specialized(gated=gated, split_k=True)
+    if stage == "up":
+        args, rest, options = up_args(form)[:5], (form.top_k, form.act), {"act": form.act}
+        on_gpu, on_cpu = eager.moe_expert_up, ops.moe_expert_up
+    else:
+        args, rest, options = down_args(form), (), {}
+        on_gpu, on_cpu = eager.moe_expert_down, ops.moe_expert_down
+    given = [arg if arg is None else arg.cuda() for arg in args]
+    with mock.patch.object(standalone, "launch", wraps=standalone.launch) as launch:
+        ours = on_gpu(*given, **options, schedule=schedule)
+    assert_oracle_ratio(ours.cpu(), on_cpu(*args, *rest), on_cpu(*cast(args, torch.float64), *rest))
+    for _ in range(20):
+        assert torch.equal(ours, on_gpu(*given, **options, schedule=schedule))
+    whole = on_gpu(*given, **options, schedule=schedule.without_split_k())
+    assert torch.equal(ours, whole) == (pieces == 1)
+    if eager.device_spec(0).num_sms == 132:
+        counts = launch.call_args.args[1]["TAKEN"][1:]
+        told, others = counts[: 3 * tiles].reshape(tiles, 3), counts[3 * tiles :]
+        assert told.any(1).all()
+        assert set(told.unique().tolist()) <= {0, pieces}
+        assert not others.any()
 
 
 def test_a_nan_stays_in_its_row():

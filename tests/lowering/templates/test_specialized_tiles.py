@@ -2,32 +2,34 @@
 text, run in Python; and what the host's descriptors describe.
 """
 
+import itertools
 import math
 import re
 import textwrap
 import threading
 import time
 import types
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lowering.schedule.schedule import Schedule
+from lowering.schedule.schedule import MOST_PIECES, Schedule
 from lowering.templates import eager
 from lowering.templates.descriptors import host_descriptors
 
-GATED = Schedule.specialized(gated=True)
 
-
-def kernel_text():
+def kernel_text(*, split_k=False):
     variant = eager.up_variant(torch.bfloat16, act="silu(g) * u", bias=False)
-    return variant.scheduled(GATED, depth=64, strides=(256 * 64, 64, 1)).source()
+    schedule = Schedule.specialized(gated=True, split_k=split_k)
+    return variant.scheduled(schedule, depth=64, strides=(256 * 64, 64, 1)).source()
 
 
-def function_text(name):
-    (function,) = re.findall(rf"^def {name}\(.*?(?=^@|^<|\Z)", kernel_text(), flags=re.DOTALL | re.MULTILINE)
+def function_text(name, *, split_k=False):
+    text = kernel_text(split_k=split_k)
+    (function,) = re.findall(rf"^def {name}\(.*?(?=^@|^<|\Z)", text, flags=re.DOTALL | re.MULTILINE)
     return function.replace(": gl.constexpr", "")
 
 
@@ -48,6 +50,7 @@ class Vectors:
     where, arange = staticmethod(torch.where), staticmethod(lambda begin, end, layout: torch.arange(begin, end).int())
     sum = staticmethod(lambda values, axis: values.sum(axis).int())
     max = staticmethod(lambda values, axis: values.amax(axis))
+    min = staticmethod(lambda values, axis: values.amin(axis))
     associative_scan = staticmethod(lambda values, axis, add: values.cumsum(axis).int())
     minimum = staticmethod(lambda one, other: torch.minimum(torch.as_tensor(one), torch.as_tensor(other)))
     maximum = staticmethod(lambda one, other: torch.maximum(torch.as_tensor(one), torch.as_tensor(other)))
@@ -71,9 +74,9 @@ def tiles_in_order(rows_E, *, programs, tiles_n, group_m):
     sizes = {"TILES_N": tiles_n, "GROUP_M": group_m, "E_POW2": 64, "NUM_EXPERTS": len(rows_E), "BLOCK_N": 128}
     names = {"gl": Vectors(programs), "EXPERTS": None, "_add": None, **sizes}
     exec(function_text("_row_tiles") + function_text("_place"), names)
-    key_E, total = names["_row_tiles"](offsets)
+    key_E, total, columns = names["_row_tiles"](offsets)
     keys = types.SimpleNamespace(load=lambda layout: key_E[:, None])
-    found = names["_place"](torch.arange(int(total) * tiles_n).int(), total, keys, offsets, 4)
+    found = names["_place"](torch.arange(int(total) * tiles_n).int(), total, columns, keys, offsets, 4)
     firsts = {int(key) % sizes["E_POW2"]: int(key) // sizes["E_POW2"] for key in key_E if key < 2**31 - 1}
     return firsts, torch.stack([value.expand(int(total) * tiles_n) for value in found])
 
@@ -104,8 +107,8 @@ def test_tiles_cover_all_rows_of_all_experts(rows_E, programs, tiles_n, group_m)
         begin += rows
 
 
-@given(st.lists(ROWS, min_size=1, max_size=40), st.integers(1, 132), TILES_N)
-@example([64, 192], 1, 1)
+@given(st.lists(ROWS, min_size=17, max_size=40), st.integers(1, 132), TILES_N)
+@example([0] * 15 + [64, 192], 1, 1)
 def test_heavy_tiles_come_first_in_the_last_two_waves(rows_E, programs, tiles_n):
     firsts, found = tiles_in_order(rows_E, programs=programs, tiles_n=tiles_n, group_m=8)
     parts = {expert: math.ceil(rows / 64) for expert, rows in enumerate(rows_E) if rows}
@@ -116,6 +119,41 @@ def test_heavy_tiles_come_first_in_the_last_two_waves(rows_E, programs, tiles_n)
         (behind if begin >= total - 2 * programs // tiles_n else before).append(expert)
         begin += -(-rows_E[expert] // 192)
     assert sorted(firsts, key=firsts.get) == before + sorted(behind, key=lambda expert: -heaviest[expert])
+
+
+@pytest.mark.parametrize(
+    ("tiles_n", "columns", "order"),
+    [
+        (112, [38, 38, 36], [0, 1, 4, 8, 2, 3, 5, 7]),  # by weight what begins in two waves
+        (100, [34, 34, 32], [0, 4, 8, 2, 3, 5, 1, 7]),
+        (16, [16], [0, 4, 8, 2, 3, 5, 1, 7]),
+    ],
+)
+def test_few_experts_run_beside_one_another(tiles_n, columns, order):
+    """Columns of all at a time that make two waves: heavy row tiles multiply while light ones wait for weights."""
+    rows_E = [338, 54, 90, 105, 179, 68, 0, 56, 134]
+    _, found = tiles_in_order(rows_E, programs=132, tiles_n=tiles_n, group_m=8)
+    row_tiles = 9
+    begin = 0
+    for block in found.split([row_tiles * width for width in columns], dim=1):
+        width = block.shape[1] // row_tiles
+        assert block[0].unique_consecutive().tolist() == order
+        assert block[3].unique().tolist() == [128 * column for column in range(begin, begin + width)]
+        begin += width
+
+
+@pytest.mark.parametrize(
+    ("rows_E", "order"),
+    [
+        ([338] * 8 + [64], [*range(9)]),  # many row tiles, which would be read for each block of columns
+        ([140, 70, 130, 190, 0, 128, 100, 70, 150], [0, 1, 2, 3, 5, 6, 8, 7]),  # no expert waits long for weights
+        ([128, 64, 100, 60, 0, 128, 64, 100, 60], [0, 1, 2, 3, 5, 6, 7, 8]),  # no one multiplies for long
+        ([64] * 16 + [192], [*range(15), 16, 15]),  # many experts
+    ],
+)
+def test_others_follow_one_another(rows_E, order):
+    _, found = tiles_in_order(rows_E, programs=132, tiles_n=112, group_m=8)
+    assert found[0].unique_consecutive().tolist() == order
 
 
 @pytest.mark.parametrize("others", [1, 15, 16])
@@ -138,6 +176,43 @@ def test_few_experts_end_with_light_tiles(rows, others):
     begin = 4 * tiles_n * others
     for column in (found[3, :begin].reshape(-1, 4), found[3, begin : begin + 8 * tiles_n * groups].reshape(-1, 8)):
         assert torch.equal(column, column[:, :1].expand_as(column)), "elsewhere by columns"
+
+
+@given(st.integers(0, 60), TILES_N, st.integers(1, 132), st.integers(128, 600))
+@example(9, 16, 132, 224)
+@example(10, 16, 132, 224)
+@example(11, 3, 132, 128)
+@example(33, 4, 132, 128)
+@example(1, 1, 1, 128)
+def test_few_last_tiles_go_in_pieces(total, tiles_n, programs, steps):
+    """Each step of a tile is one piece's, pieces follow one another, and no program has more than one."""
+    names = {"gl": Vectors(programs), "TILES_N": tiles_n, "BLOCK_K": 64}
+    exec(function_text("_pieces", split_k=True) + function_text("_steps", split_k=True), names)
+    whole, pieces = map(int, names["_pieces"](torch.tensor(total)))
+    rest = total * tiles_n % programs
+    wanted = min(MOST_PIECES, programs // rest) if rest else 1
+    assert pieces == (wanted if rest else pieces)
+    assert total * tiles_n - whole == (rest if wanted > 1 else 0)
+    units = whole + (total * tiles_n - whole) * pieces
+    assert units - whole <= programs, "as PARTIALS has room for"
+    found = torch.stack(names["_steps"](torch.arange(units).int(), whole, pieces, 64 * steps), 1)
+    assert found[:whole].tolist() == [[tile, 0, 64 * steps] for tile in range(whole)]
+    for tile, in_pieces in enumerate(found[whole:].reshape(-1, pieces, 3), whole):
+        bounds = [0, *in_pieces[:, 2].tolist()]
+        assert in_pieces.tolist() == [[tile, *pair] for pair in itertools.pairwise(bounds)]
+        assert bounds[-1] == 64 * steps
+        assert all(end % 64 == 0 and end - begin >= 64 * (steps // pieces) for begin, end in itertools.pairwise(bounds))
+
+
+def test_memory_of_pieces_is_enough():
+    memory = eager._shared_memory(131, split_k=True, like=torch.zeros(3, dtype=torch.int64))
+    assert {name: (tensor.numel(), tensor.dtype) for name, tensor in memory.items()} == {
+        "TAKEN": (1 + 3 * 65 + 1, torch.int32),  # three parts of each tile
+        "PARTIALS": (131 * 3 * 64 * 256, torch.float32),
+    }
+    assert not memory["TAKEN"].any()
+    (taken,) = eager._shared_memory(131, split_k=False, like=torch.zeros(3)).values()
+    assert taken.tolist() == [0]
 
 
 class Barrier:
@@ -228,8 +303,8 @@ def load_weights(group, told, read, *, tiles, depth):
     names = dict.fromkeys(("gl", "mbarrier", "tma"), group)
     names |= {"TILES_N": 1, "WIDTH_N": 128, "BLOCK_K": 64, "NUM_STAGES": 4}
     names["_place"] = lambda tile, *rest: (had.append(tile) or 0, 0, 64, 0)  # expert, rows, column
-    exec(function_text("_load_weights"), names)
-    names["_load_weights"](None, None, tiles, None, None, ring, ring, ring, group, told, read, depth)
+    exec(function_text("_steps") + function_text("_load_weights"), names)
+    names["_load_weights"](None, None, tiles, 1, None, None, ring, ring, ring, group, told, read, depth)
     return had
 
 
@@ -270,11 +345,11 @@ def test_all_groups_have_the_tiles_that_one_warp_takes(tiles, slow):
     def reads(number):
         group = Group(given, slow=number == slow)
         names = {"gl": group, "mbarrier": group}
-        exec(function_text("_next_tile"), names)
+        exec(function_text("_next_unit"), names)
         tile, phase = 0, 0
         while tile < tiles:
             had[number].append(tile)
-            tile = names["_next_tile"](group, told, read, phase, 4)
+            tile = names["_next_unit"](group, told, read, phase, 4)
             phase ^= 1
 
     failed = []
@@ -295,12 +370,45 @@ def test_all_groups_have_the_tiles_that_one_warp_takes(tiles, slow):
     assert had == [list(range(tiles))] * 5
 
 
+@pytest.mark.parametrize("split_k", [False, True])
+@pytest.mark.parametrize("part", range(3))
+def test_groups_give_back_each_step_once(part, split_k):
+    """In turn and after its products, whether a group has rows of a tile or none, of whole tiles and of pieces."""
+    steps, rows_of_tiles = 130, [192, 10, 100, 70, 192, 1, 64]
+    total, seen, anything = len(rows_of_tiles), [], mock.MagicMock()
+    whole, pieces = (4, 3) if split_k else (total, 1)
+    units = iter([*range(1, whole + (total - whole) * pieces), 10**6])
+    numbers = {"maximum": max, "where": lambda holds, one, other: one if holds else other}
+    names = {
+        "gl": mock.MagicMock(program_id=lambda axis: 0, arange=lambda *args: torch.arange(64), **numbers),
+        "mbarrier": types.SimpleNamespace(wait=lambda *at: seen.append(at), arrive=lambda at: seen.append(at)),
+        "_place": lambda tile, *rest: (0, 0, rows_of_tiles[tile], 0),
+        "_next_unit": lambda *args: next(units),
+        "warpgroup_mma": lambda a, w, acc, is_async: acc,
+        "warpgroup_mma_wait": lambda count, deps: deps,
+        **{"TILES_N": 1, "BLOCK_K": 64, "NUM_STAGES": 4, "STORED": None, "PRODUCT": None},
+        **dict.fromkeys(("_store", "_store_partial", "_store_sum", "_barrier", "fence_async_shared"), anything),
+    }
+    exec(function_text("_steps", split_k=split_k) + function_text("_multiply", split_k=split_k), names)
+    rings = [types.SimpleNamespace(index=lambda stage, name=name: (name, stage)) for name in ("full", "empty")]
+    memory, cut = ([anything] * 2, [whole, pieces]) if split_k else ([], [])
+    names["_multiply"](
+        *[anything] * 2, *memory, total, 1, *cut, *[anything] * 4, *rings, *[anything] * 3, 64 * steps, 64, part
+    )
+    waited, given_back = [], []
+    for at in seen:
+        (given_back if at[0] == "empty" else waited).append(at)
+        assert len(given_back) <= len(waited)
+    assert waited == [(("full", step % 4), step // 4 % 2) for step in range(steps * total)]
+    assert given_back == [("empty", step % 4) for step in range(steps * total)]
+
+
 def test_groups_wait_for_one_telling_after_the_other():
     for name in ("_load_rows", "_multiply"):
         text = function_text(name)
         assert text.count("    told_phase = 0\n") == 1
         assert re.search(
-            r"\n        tile = _next_tile\(given, told, read, told_phase, \S+\)\n        told_phase \^= 1\n", text
+            r"\n        unit = _next_unit\(given, told, read, told_phase, \S+\)\n        told_phase \^= 1\n", text
         )
 
 
