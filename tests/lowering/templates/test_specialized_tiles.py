@@ -386,7 +386,11 @@ def test_groups_give_back_each_step_once(part, split_k):
         "_next_unit": lambda *args: next(units),
         "warpgroup_mma": lambda a, w, acc, is_async: acc,
         "warpgroup_mma_wait": lambda count, deps: deps,
-        **{"TILES_N": 1, "BLOCK_K": 64, "NUM_STAGES": 4, "STORED": None, "PRODUCT": None},
+        "TILES_N": 1,
+        "BLOCK_K": 64,
+        "NUM_STAGES": 4,
+        "STORED": None,
+        "PRODUCT": None,
         **dict.fromkeys(("_store", "_store_partial", "_store_sum", "_barrier", "fence_async_shared"), anything),
     }
     exec(function_text("_steps", split_k=split_k) + function_text("_multiply", split_k=split_k), names)
