@@ -33,8 +33,8 @@ class ParallelConfig:
     dispatcher           for "ep", the backend of `build_token_dispatcher`
     max_tokens_per_rank  for "static", the most tokens a rank may bring to one call
     exact                for "static": the result of each slot travels back, so that the layer equals the one on a
-                         single rank bitwise; else one sum per token and rank, a K-th of the rows, made in fp32 and
-                         rounded once to the dtype of the hidden states
+                         single rank bitwise (see `EPFusedMoE`); else one sum per token and rank, a K-th of the rows,
+                         made in fp32 and rounded once to the dtype of the hidden states
     chunks               for "static" with exact=False: parts of a call, this rank's own tokens and n - 1 parts of those
                          of its peers, so that exchanges overlap GEMMs where ranks share memory; each reads the weights
                          again; under `torch.no_grad()` alone

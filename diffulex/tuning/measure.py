@@ -88,6 +88,7 @@ def compile_job(job: Job, *, most_shared: int) -> str:
         refused = eager.specialized_refusal(variant, shape)
         if refused is not None:
             return str(refused)
+        tensors |= eager.specialized_arguments(tensors, schedule, gather=up, programs=1)
     try:
         kernel = standalone.compile_only(
             variant.source(),

@@ -3,7 +3,8 @@
 They share one set of row ranges, so a model recompiles at most once per range and not once per GEMM and bound.
 
 Where results may not depend on the batch there is one range, and so one schedule for each GEMM: the order in which a
-row is summed follows from its tiles. What a GEMM gets then depends on its own shape alone, and no guard is needed.
+row is summed follows from its tiles, none of which is cut in pieces. What a GEMM gets then depends on its own shape
+alone, and no guard is needed.
 """
 
 from __future__ import annotations

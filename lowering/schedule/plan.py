@@ -112,6 +112,7 @@ def plan(
     )
 
 
+@functools.lru_cache(maxsize=256)
 def invariant_plan(shapes: tuple[GemmShape, ...], device: DeviceSpec) -> RowRange:
     """One range for any number of rows, whose schedules sum a row in an order that no other row bears upon."""
     (found,) = plan(shapes, device, max_ranges=1)
@@ -143,5 +144,5 @@ def range_of(rows: int | None, ranges: tuple[RowRange, ...]) -> RowRange:
 def refresh() -> None:
     """Plan anew, with tuned times as they are on disk now. What is compiled stays as it is."""
     tuned_times.forget()
-    for cached in (_times, _losses, plan, exact_schedule):
+    for cached in (_times, _losses, plan, invariant_plan, exact_schedule):
         cached.cache_clear()

@@ -18,8 +18,8 @@ class Loop:
     subtiles  1 or 2 parts of a tile's columns are stored one after the other (tma)
     grouped   row tiles of an expert share columns of weights in groups (always so with tma)
     specialized  some warps load and others multiply (tma, tiles of 192 rows, see `Schedule.specialized`)
-    split_k   the last tiles, fewer than SMs, go in pieces of their reduction (specialized); how a row is summed then
-              depends on how many there are
+    split_k   the last tiles, at most half as many as SMs, go in pieces of their reduction (specialized); how a row is
+              summed then follows from the rows of all experts
     """
 
     tma: bool = False

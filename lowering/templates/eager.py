@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from ..schedule.schedule import (
     MOST_PIECES,
     SPECIALIZED_EXPERTS,
     SPECIALIZED_ROWS,
+    SPLIT_DEPTH,
     TMA_ALIGNMENT,
     GemmShape,
     Schedule,
@@ -113,8 +115,7 @@ def _expert_gemm(
         grid *= MOST_PIECES if schedule.loop.split_k else 1
         grid = min(grid, device_spec(out_NY.device.index or 0).num_sms)
     if schedule.loop.specialized and grid:  # there is no descriptor of nothing
-        tensors |= host_descriptors(tensors, block_k=schedule.block_k, gather=variant.gather)
-        tensors |= _shared_memory(grid, split_k=schedule.loop.split_k, like=tensors["OFFSETS"])
+        tensors |= specialized_arguments(tensors, schedule, gather=variant.gather, programs=grid)
     standalone.launch(
         variant.source(),
         tensors,
@@ -126,13 +127,26 @@ def _expert_gemm(
     )
 
 
-def _shared_memory(programs: int, *, split_k: bool, like: Tensor) -> dict[str, Tensor]:
-    """What programs with specialised warps share: TAKEN, and with split_k PARTIALS, of up to a piece a program."""
-    # pieces are of half as many tiles at most, of three parts each
-    memory = {"TAKEN": like.new_zeros(1 + (3 * programs // 2 if split_k else 0), dtype=torch.int32)}
+def specialized_arguments(
+    tensors: Mapping[str, Any], schedule: Schedule, *, gather: bool, programs: int
+) -> dict[str, Any]:
+    """What kernels with specialised warps take besides A, W and OFFSETS, of any shapes [N, D], [E, J, D] and [E+1]:
+    descriptors, and memory that so many programs share.
+    """
+    like, split_k = tensors["OFFSETS"], schedule.loop.split_k
+    found: dict[str, Any] = host_descriptors(tensors, block_k=schedule.block_k, gather=gather)
+    # a program has one piece at most, and those of a tile are two at least; parts of them have 64 rows
+    counts = SPECIALIZED_ROWS // 64 * (programs // 2) if split_k else 0
+    found["TAKEN"] = like.new_zeros(1 + counts, dtype=torch.int32)
     if split_k:
-        memory["PARTIALS"] = like.new_empty(programs * SPECIALIZED_ROWS * 256, dtype=torch.float32)
-    return memory
+        found["PARTIALS"] = like.new_empty(programs * SPECIALIZED_ROWS * 256, dtype=torch.float32)
+    return found
+
+
+def _in_as_many_pieces(tensors: Mapping[str, Tensor], schedule: Schedule) -> Schedule:
+    """A planned schedule, in one piece where rows begin beyond 2^31 elements: there is no shared memory for both."""
+    wide = schedule.loop.split_k and index_constants(tensors, schedule)["ROW_OFFSET"] == "gl.int64"
+    return schedule.without_split_k() if wide else schedule
 
 
 def _planned(variant: ExpertGemmVariant, tensors: dict[str, Tensor]) -> Schedule:
@@ -143,6 +157,7 @@ def _planned(variant: ExpertGemmVariant, tensors: dict[str, Tensor]) -> Schedule
         (schedule,) = invariant_plan((shape,), device).schedules
     else:
         schedule = schedule_for(rows, shape, device=device)
+    schedule = _in_as_many_pieces(tensors, schedule)
     reason = _refusal(variant, tensors, schedule)
     if reason is not None and schedule.loop.specialized:
         record("plan", variant.stage, layer="", outcome="no specialised warps", reason=reason)
@@ -168,13 +183,7 @@ def _refusal(variant: ExpertGemmVariant, tensors: dict[str, Tensor], schedule: S
         return Reason(ReasonCode.CAPABILITY, "specialised warps multiply as sm_90 alone does")
     variant = variant.scheduled(schedule, depth=tensors["W"].shape[-1], strides=tensors["W"].stride())
     if schedule.loop.specialized:
-        shape, rows = _shape_of(variant, tensors), tensors["OUT"].shape[0]
-        reason = specialized_refusal(variant, shape)
-        known = shape.specialized if schedule.loop.split_k else shape.specialized.without_split_k()
-        if reason is None and dataclasses.replace(schedule, group_m=known.group_m) != known:
-            reason = Reason(ReasonCode.SCHEDULE, f"specialised warps have {known}, and other groups of row tiles alone")
-        if reason is None and (rows // known.block_m + shape.num_experts) * SPECIALIZED_EXPERTS >= 2**31:
-            reason = Reason(ReasonCode.SHAPE, f"{rows} rows are more than specialised warps count")
+        reason = _warps_refusal(variant, tensors, schedule)
         if reason is not None:
             return reason
     for name in variant.described:
@@ -185,6 +194,24 @@ def _refusal(variant: ExpertGemmVariant, tensors: dict[str, Tensor], schedule: S
         reason = tma_refusal(name, sizes, strides=strides, element_size=tensor.element_size())
         if reason is not None:
             return reason
+    return None
+
+
+def _warps_refusal(variant: ExpertGemmVariant, tensors: dict[str, Tensor], schedule: Schedule) -> Reason | None:
+    """Why specialised warps have no such schedule for these tensors, or None."""
+    shape, rows = _shape_of(variant, tensors), tensors["OUT"].shape[0]
+    known = Schedule.specialized(gated=shape.gated, split_k=schedule.loop.split_k)
+    reason = specialized_refusal(variant, shape)
+    if reason is not None:
+        return reason
+    if dataclasses.replace(schedule, group_m=known.group_m) != known:
+        return Reason(ReasonCode.SCHEDULE, f"specialised warps have {known}, and other groups of row tiles alone")
+    if (rows // known.block_m + shape.num_experts) * SPECIALIZED_EXPERTS >= 2**31:
+        return Reason(ReasonCode.SHAPE, f"{rows} rows are more than specialised warps count")
+    if known.loop.split_k and shape.depth < SPLIT_DEPTH:
+        return Reason(ReasonCode.SHAPE, f"sums over {shape.depth} columns, below {SPLIT_DEPTH}, are not cut in pieces")
+    if _in_as_many_pieces(tensors, schedule) != schedule:
+        return Reason(ReasonCode.SHAPE, "rows begin beyond 2^31 elements, and their sums are not cut in pieces")
     return None
 
 
@@ -297,7 +324,8 @@ def expert_gemm_specialized(
     out_NY = a.new_empty(rows, width)
     tensors = {"A": a, "W": weight_EYX, "OUT": out_NY, "ORDER": order_N, "OFFSETS": offsets_E1}
     top_k = max(1, rows // max(1, a.shape[0])) if up else 1
-    _expert_gemm(dataclasses.replace(variant, unread=unread), tensors, top_k, schedule_of(schedule))
+    planned = _in_as_many_pieces(tensors, schedule_of(schedule))
+    _expert_gemm(dataclasses.replace(variant, unread=unread), tensors, top_k, planned)
     return out_NY
 
 

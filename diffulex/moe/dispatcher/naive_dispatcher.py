@@ -68,7 +68,7 @@ class NaiveA2ADispatcher(TokenDispatcher[NaiveDispatchMetadata]):
     A rank receives the slots of rank 0, then of rank 1, and so on, each in their order, so every expert multiplies the
     same matrix as on a single rank that has the tokens of all, one rank's after the other's; the results come back per
     slot and are weighted once, where they came from. Result and gradients equal that single rank's bitwise, as far as
-    the GEMMs do not round by the alignment of their arguments.
+    the GEMMs do not round by the alignment of their arguments or by the rows of other experts.
 
     Splits are read on the host, in an op: `torch.compile(fullgraph=True)` holds the call in one graph, whose rows here
     have an unbacked size; without it, where Dynamo's `capture_dynamic_output_shape_ops` is off, the graph breaks there.

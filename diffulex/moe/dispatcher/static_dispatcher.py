@@ -47,9 +47,10 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
     Capacity: a rank brings at most C = `plan.max_tokens` tokens to a call, and each rank keeps room for C of every
     rank, for all of them may choose its experts. So nothing is ever dropped; a call with more tokens is refused. As
     that room is exchanged whole, the exchange is an all-gather of [C, H]; rows of no local expert are skipped by the
-    grouped GEMMs. The way back is of slots [R, K, H] (`exact`, which equals a single rank's result bitwise, and so do
-    the gradients of the experts; that of the hidden states adds up per rank, not per slot): all of them by a
-    collective, through symmetric memory those alone that their rank has a use for. Or it is one all-to-all of sums
+    grouped GEMMs. The way back is of slots [R, K, H] (`exact`, which equals a single rank's result bitwise, as far as
+    no sum follows from the rows of other experts, and so do the gradients of the experts; that of the hidden states
+    adds up per rank, not per slot): all of them by a collective, through symmetric memory those alone that their rank
+    has a use for. Or it is one all-to-all of sums
     [R, H], which are made in fp32 and rounded once to the dtype of the slots, and added up in fp32 again.
 
     Each exchange goes through symmetric memory where the ranks have it and the exchange is small enough to gain by it,

@@ -42,9 +42,11 @@ class EPFusedMoE(ShardedFusedMoE):
 
     Shared experts, latent projections and null experts are computed where the token is. With the dispatchers "naive"
     and "static" the routed experts give bitwise what a single rank gives for the tokens of all ranks together
-    (`ParallelConfig.exact`), on CPUs where rows of the weights are multiples of 64 bytes: CPU GEMMs round by the
-    alignment of what they read. Every rank takes part in every forward and backward pass. Where some
-    experts have more to do, `ExpertLoad` and `plan_placement` of `diffulex.distributed` make a placement.
+    (`ParallelConfig.exact`): on CPUs where rows of the weights are multiples of 64 bytes, as GEMMs there round by the
+    alignment of what they read; on CUDA where hidden states and experts are less than 8192 wide, or batch-invariant, as
+    specialised warps add up wider ones by the rows of all experts. Every rank takes part in every forward and backward
+    pass. Where some experts have more to do, `ExpertLoad` and `plan_placement` of `diffulex.distributed` make a
+    placement.
     """
 
     mode = "ep"

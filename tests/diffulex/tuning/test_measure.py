@@ -9,13 +9,15 @@ from multiprocessing.pool import ThreadPool
 import pytest
 import torch
 
-from diffulex.benching.shapes import Case
+from diffulex.benching.shapes import Case, case_of_shape
 from diffulex.tuning import measure
 from diffulex.tuning.cells import Cell, tensors_of
 from diffulex.tuning.measure import OnGpu, compare, compile_job, kernel_of, launch, stays_in_place, tolerance
 from lowering.inductor.fake_device import fake_gpu
 from lowering.reference.moe_expert_down import moe_expert_down_reference
 from lowering.reference.moe_expert_up import moe_expert_up_reference
+from lowering.schedule.device import H100
+from lowering.schedule.plan import candidates
 from lowering.schedule.schedule import Loop, Schedule
 from tests.support.benching import FORMS, SHAPE
 from tests.support.launches import interpret
@@ -135,6 +137,17 @@ def test_without_a_limit_all_kernels_are_waited_for(monkeypatch):
     with ThreadPool(1) as pool:
         problems = OnGpu(pool, most_shared=7).prepare(jobs, deadline=math.inf)
     assert list(problems.values()) == ["no up", "no down"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: nothing to fake")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: nothing to fake")
+@pytest.mark.parametrize("stage", ["up", "down"])
+@pytest.mark.parametrize("shape", ["qwen3", "mixtral"])
+def test_kernels_with_specialised_warps_are_compiled_ahead(stage, shape):
+    cell = Cell(case_of_shape(shape), stage, 512)
+    assert cell.gemm.specialized in candidates(cell.gemm, H100)
+    with fake_gpu():
+        assert compile_job((cell, cell.gemm.specialized), most_shared=232_448) == ""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: nothing to fake")

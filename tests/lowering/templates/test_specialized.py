@@ -20,8 +20,7 @@ from lowering.schedule.plan import candidates, invariant_plan, plan
 from lowering.schedule.schedule import SPLIT_DEPTH, GemmShape, Schedule, numbers_of
 from lowering.state import batch_invariant
 from lowering.templates import eager, standalone
-from lowering.templates.descriptors import host_descriptors
-from lowering.templates.eager import gemm_constants, index_constants
+from lowering.templates.eager import gemm_constants, index_constants, specialized_arguments
 from tests.support.blocks import Block
 from tests.support.catalogue import raises_catalogue
 from tests.support.inputs import BlockForm
@@ -65,11 +64,11 @@ def compiled(sizes, stage, *, act="silu(g) * u", unread=True, dtype=torch.bfloat
     }
     variant = eager.up_variant(dtype, act=act, bias=False) if up else eager.down_variant(dtype, bias=False)
     schedule = GemmShape(num_experts, depth, out_width, gated).specialized
+    schedule = schedule.without_split_k() if wide else schedule
     variant = dataclasses.replace(variant, unread=unread)
     variant = variant.scheduled(schedule, depth=depth, strides=tensors["W"].stride())
     constants = gemm_constants(num_experts, top_k if up else 1, width=out_width, schedule=schedule)
-    tensors |= host_descriptors(tensors, block_k=schedule.block_k, gather=up)
-    tensors |= eager._shared_memory(H100.num_sms, split_k=schedule.loop.split_k, like=tensors["OFFSETS"])
+    tensors |= specialized_arguments(tensors, schedule, gather=up, programs=H100.num_sms)
     return compile_for_h100(
         variant.source(),
         tensors,
@@ -126,7 +125,7 @@ def test_deep_reductions_compile(sizes, dtype):
 def test_wide_indices_compile(name, most_local):
     """Rows that begin beyond 2^31 elements take two registers each, and the most shared memory there is."""
     assert_good(compiled(SHAPES[name], "up", wide=True)[0], most_local=most_local)
-    assert_good(compiled(SHAPES[name], "down", wide=True)[0])
+    assert assert_good(compiled(SHAPES[name], "down", wide=True)[0]) == 0, "in one piece"
 
 
 @pytest.mark.parametrize(("act", "most_local"), ACTS.items(), ids=ACTS)
@@ -232,7 +231,9 @@ REFUSED = {
 
 
 def test_a_shallow_reduction_is_in_one_piece(launches):
-    with raises_catalogue(MoEUnsupportedError, where="moe_expert_up", got="specialised warps have 192x128x64"):
+    with raises_catalogue(
+        MoEUnsupportedError, where="moe_expert_up", got="sums over 64 columns, below 8192, are not cut"
+    ):
         up_on_meta(IN_PIECES)
     up_on_meta(IN_PIECES, hidden=SPLIT_DEPTH)
     up_on_meta(GATED, hidden=SPLIT_DEPTH)
@@ -304,6 +305,23 @@ def test_rows_that_are_counted_in_64_bits(launches):
     order = on_meta(300_000, dtype=torch.int32)
     eager.moe_expert_up(part, w13, None, order, offsets, act="silu(g) * u", schedule=GATED)
     assert [options["constants"]["ROW_OFFSET"] for _, _, options in launches] == ["gl.int64", "gl.int64"]
+
+
+def test_far_rows_are_summed_in_one_piece(launches):
+    """What a graph or a plan says is taken as it can be, an explicit request is refused."""
+    part = on_meta(300_000, SPLIT_DEPTH)
+    w13, order, offsets = (
+        on_meta(4, 256, SPLIT_DEPTH),
+        on_meta(300_000, dtype=torch.int32),
+        on_meta(5, dtype=torch.int32),
+    )
+    with raises_catalogue(MoEUnsupportedError, where="moe_expert_up", got="rows begin beyond 2^31 elements"):
+        eager.moe_expert_up(part, w13, None, order, offsets, act="silu(g) * u", schedule=IN_PIECES)
+    for rows in (part, part[:100]):
+        eager.expert_gemm_specialized(
+            *(rows, w13, order, offsets), act="silu(g) * u", up=True, unread=True, schedule=numbers_of(IN_PIECES)
+        )
+    assert ["PARTIALS" in tensors for _, tensors, _ in launches] == [False, True]
 
 
 FORM = BlockForm(tokens=4096, top_k=4, experts=8, hidden=1024, width=512, dtype=torch.bfloat16)

@@ -156,6 +156,13 @@ def test_others_follow_one_another(rows_E, order):
     assert found[0].unique_consecutive().tolist() == order
 
 
+def test_light_tiles_end_the_last_columns_alone():
+    """Of the last expert's row tiles by rows: weights of the columns before are read once."""
+    _, found = tiles_in_order([64, 64, 1300], programs=132, tiles_n=112, group_m=8)
+    of_last = [block[3, block[0] == 2] for block in found.split([9 * 38, 9 * 38, 9 * 36], dim=1)]
+    assert [len(columns.unique_consecutive()) == len(columns.unique()) for columns in of_last] == [True, True, False]
+
+
 @pytest.mark.parametrize("others", [1, 15, 16])
 @pytest.mark.parametrize("rows", [128, 384, 500, 640, 1600, 1800, 2200])
 def test_few_experts_end_with_light_tiles(rows, others):
@@ -191,7 +198,8 @@ def test_few_last_tiles_go_in_pieces(total, tiles_n, programs, steps):
     whole, pieces = map(int, names["_pieces"](torch.tensor(total)))
     rest = total * tiles_n % programs
     wanted = min(MOST_PIECES, programs // rest) if rest else 1
-    assert pieces == (wanted if rest else pieces)
+    if rest:
+        assert pieces == wanted
     assert total * tiles_n - whole == (rest if wanted > 1 else 0)
     units = whole + (total * tiles_n - whole) * pieces
     assert units - whole <= programs, "as PARTIALS has room for"
@@ -204,14 +212,26 @@ def test_few_last_tiles_go_in_pieces(total, tiles_n, programs, steps):
         assert all(end % 64 == 0 and end - begin >= 64 * (steps // pieces) for begin, end in itertools.pairwise(bounds))
 
 
+def memory_of(programs, *, split_k=True):
+    tensors = {
+        "A": None,
+        "W": torch.zeros(1, 256, 64, dtype=torch.bfloat16),
+        "OFFSETS": torch.zeros(2, dtype=torch.int64),
+    }
+    schedule = Schedule.specialized(gated=True, split_k=split_k)
+    found = eager.specialized_arguments(tensors, schedule, gather=True, programs=programs)
+    assert found.pop("W_DESC").base is tensors["W"]
+    return found
+
+
 def test_memory_of_pieces_is_enough():
-    memory = eager._shared_memory(131, split_k=True, like=torch.zeros(3, dtype=torch.int64))
+    memory = memory_of(131)
     assert {name: (tensor.numel(), tensor.dtype) for name, tensor in memory.items()} == {
-        "TAKEN": (1 + 3 * 65 + 1, torch.int32),  # three parts of each tile
+        "TAKEN": (1 + 3 * 65, torch.int32),  # three parts of each tile
         "PARTIALS": (131 * 3 * 64 * 256, torch.float32),
     }
     assert not memory["TAKEN"].any()
-    (taken,) = eager._shared_memory(131, split_k=False, like=torch.zeros(3)).values()
+    (taken,) = memory_of(131, split_k=False).values()
     assert taken.tolist() == [0]
 
 

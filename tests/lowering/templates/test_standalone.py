@@ -20,8 +20,7 @@ from lowering.schedule.device import H100
 from lowering.schedule.plan import plan
 from lowering.schedule.schedule import GemmShape, Loop, Schedule
 from lowering.templates import standalone
-from lowering.templates.descriptors import host_descriptors
-from lowering.templates.eager import gemm_constants, index_constants
+from lowering.templates.eager import gemm_constants, index_constants, specialized_arguments
 from lowering.templates.render import ExpertGemmVariant, GradWeightVariant, template_text
 from tests.support.launches import compile_for_h100, interpret, on_meta, sass_of
 
@@ -204,8 +203,7 @@ def compiled_gemm(shape, schedule, *, dtype=torch.bfloat16, bias=False, rows=409
     constants = gemm_constants(shape.num_experts, 8 if gather else 1, width=shape.width, schedule=schedule)
     constants |= index_constants(tensors, schedule)
     if schedule.loop.specialized:
-        tensors |= host_descriptors(tensors, block_k=schedule.block_k, gather=gather)
-        tensors["TAKEN"] = on_meta(1, dtype=torch.int32)
+        tensors |= specialized_arguments(tensors, schedule, gather=gather, programs=H100.num_sms)
     return compile_for_h100(
         variant.source(),
         tensors,
