@@ -95,6 +95,22 @@ FAULTS = (
         "cover_all_rows",
     ),
     Fault(
+        "pieces of a sum are added up before all are there",
+        "lowering/templates/moe_expert_gemm_specialized.jinja",
+        "if before == pieces - 1:",
+        "if before == 0:",
+        (f"{TEMPLATES}/test_specialized_tiles.py",),
+        "added_up_once",
+    ),
+    Fault(
+        "sums that may not depend on the batch are cut in pieces",
+        "lowering/inductor/gemm_plan.py",
+        "(invariant_plan(shapes, device),)",
+        "plan(shapes, device, max_ranges=1)",
+        (f"{INDUCTOR}/test_batch_invariant.py",),
+        "not_cut",
+    ),
+    Fault(
         "a tile's number is replaced before all have read it",
         "lowering/templates/moe_expert_gemm_specialized.jinja",
         "mbarrier.init(read, count=<< parts + 1 >>)",

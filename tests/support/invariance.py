@@ -15,6 +15,7 @@ Sizes = tuple[int, int, int]
 SHAPES: dict[str, tuple[Sizes, RoutingSpec, bool]] = {
     "qwen3": ((64, 1024, 384), RoutingSpec(8), False),
     "mixtral": ((8, 1024, 1792), RoutingSpec(2), False),
+    "wide": ((4, 768, 8192), RoutingSpec(2), False),
     "deepseek": ((32, 1024, 256), GROUPED, True),
 }
 

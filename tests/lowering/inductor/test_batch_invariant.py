@@ -66,6 +66,18 @@ def test_one_text_for_every_number_of_tokens(name):
         assert layer_texts(name, tokens) == wanted, f"{tokens} tokens"
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_sums_of_wide_experts_are_not_cut(dynamic):
+    """As they are elsewhere, by the rows of all experts."""
+    layer = Layer("wide")
+
+    def cut(on):
+        code, _ = generated(layer, layer.inputs(16384, device="meta"), on=on, dynamic=dynamic)
+        return re.findall(r"_expert_gemm_specialized\.default\(.*([01])\]\)", code.wrapper_source)
+
+    assert (cut(on=True), cut(on=False)) == (["0", "0"], ["0", "1"])
+
+
 def test_few_slots_are_not_sorted_by_the_first_gemm():
     """With a schedule that could: its text would be another one."""
     wanted = layer_texts("qwen3", 9, small=True, dynamic=True)

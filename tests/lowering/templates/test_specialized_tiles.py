@@ -21,14 +21,15 @@ from lowering.templates import eager
 from lowering.templates.descriptors import host_descriptors
 
 
-def kernel_text(*, split_k=False):
-    variant = eager.up_variant(torch.bfloat16, act="silu(g) * u", bias=False)
-    schedule = Schedule.specialized(gated=True, split_k=split_k)
+def kernel_text(*, split_k=False, stage="up"):
+    up = eager.up_variant(torch.bfloat16, act="silu(g) * u", bias=False)
+    variant = up if stage == "up" else eager.down_variant(torch.bfloat16, bias=False)
+    schedule = Schedule.specialized(gated=stage == "up", split_k=split_k)
     return variant.scheduled(schedule, depth=64, strides=(256 * 64, 64, 1)).source()
 
 
-def function_text(name, *, split_k=False):
-    text = kernel_text(split_k=split_k)
+def function_text(name, **kind):
+    text = kernel_text(**kind)
     (function,) = re.findall(rf"^def {name}\(.*?(?=^@|^<|\Z)", text, flags=re.DOTALL | re.MULTILINE)
     return function.replace(": gl.constexpr", "")
 
@@ -235,6 +236,37 @@ def test_memory_of_pieces_is_enough():
     assert taken.tolist() == [0]
 
 
+class Memory(Places):
+    """Memory that is written to as well, of elements of its own type."""
+
+    @property
+    def dtype(self):
+        return types.SimpleNamespace(element_ty=self.tensor.dtype)
+
+    def __add__(self, index):
+        return Memory(self.tensor, self.index + index)
+
+    def __getitem__(self, key):
+        return Memory(self.tensor, self.index[key])
+
+
+class Loads:
+    """What sums of pieces need of Gluon."""
+
+    int64, minimum = torch.int64, staticmethod(min)
+    arange = staticmethod(lambda begin, end, layout: torch.arange(begin, end))
+    SliceLayout = staticmethod(lambda *args: None)
+
+    @staticmethod
+    def load(places, mask=True, other=0, cache_modifier=""):
+        index = torch.where(torch.as_tensor(mask), places.index, 0)
+        return torch.where(torch.as_tensor(mask), places.tensor[index], other)
+
+    @staticmethod
+    def store(places, values, mask):
+        places.tensor[places.index[mask.expand(values.shape)]] = values[mask.expand(values.shape)]
+
+
 class Barrier:
     """An mbarrier: a phase ends when `count` have arrived. Who waits too long fails."""
 
@@ -425,6 +457,87 @@ def test_groups_give_back_each_step_once(part, split_k):
         assert len(given_back) <= len(waited)
     assert waited == [(("full", step % 4), step // 4 % 2) for step in range(steps * total)]
     assert given_back == [("empty", step % 4) for step in range(steps * total)]
+
+
+@given(st.randoms(use_true_random=False), st.integers(0, 3))
+def test_pieces_are_added_up_once(random, whole):
+    """By who has the last piece of a part, whatever the order: all of them, in the order of the reduction."""
+    rows_of_tiles, pieces, steps = [100, 192, 64, 10, 150, 1], 3, 7
+    total, counts, kept, added, here = len(rows_of_tiles), {}, {}, [], {}
+    memory = memory_of((total - whole) * pieces)
+    units = list(range(whole + (total - whole) * pieces))
+    random.shuffle(units)
+
+    def place(tile, *rest):
+        here["tile"], here["part"] = tile, None
+        return 0, 1000 * tile, 1000 * tile + rows_of_tiles[tile], 0
+
+    def unit_of(unit, *rest):
+        found = names["_steps_of"](unit, *rest)
+        here["begin"] = found[1]
+        return found
+
+    def count(place, value, sem):
+        assert sem == "acq_rel"
+        assert 0 < place < len(memory["TAKEN"])
+        counts[place] = counts.get(place, 0) + value
+        return counts[place] - value
+
+    def keep(place, *sums):
+        assert place not in kept
+        assert place % (64 * 256) == 0 <= place < memory["PARTIALS"].numel()
+        kept[place] = here["tile"], here["begin"]
+
+    def add_up(out, order, place, count, start, end, *rest):
+        tile, part = here["tile"], (start - 1000 * here["tile"]) // 64
+        assert (count, end) == (pieces, 1000 * tile + rows_of_tiles[tile])
+        bounds = [piece * 64 * steps // pieces // 64 * 64 for piece in range(pieces)]
+        assert [kept[place + 3 * 64 * 256 * piece] for piece in range(pieces)] == [(tile, begin) for begin in bounds]
+        added.append((tile, part))
+
+    anything, numbers = mock.MagicMock(), {"maximum": max, "where": lambda holds, one, other: one if holds else other}
+    names = {
+        "gl": mock.MagicMock(arange=lambda *args: torch.arange(64), atomic_add=count, **numbers),
+        **dict.fromkeys(("mbarrier", "fence_async_shared", "_barrier"), anything),
+        "TILES_N": 1,
+        "BLOCK_K": 64,
+        "NUM_STAGES": 4,
+        "STORED": None,
+        "PRODUCT": None,
+        "_place": place,
+        "_store": lambda *args: added.append((here["tile"], "whole")),
+        "_store_partial": keep,
+        "_store_sum": add_up,
+        "warpgroup_mma": lambda a, w, acc, is_async: acc,
+        "warpgroup_mma_wait": lambda count, deps: deps,
+    }
+    exec(function_text("_steps", split_k=True) + function_text("_multiply", split_k=True), names)
+    names["_steps_of"], names["_steps"] = names["_steps"], unit_of
+    for part in range(3):
+        left = iter([*units[1:], 10**6])
+        names["_next_unit"] = lambda *args, left=left: next(left)
+        names["gl"].program_id = lambda axis: units[0]
+        cut = (0, 0, total, 1, whole, pieces)
+        names["_multiply"](*[anything] * 2, *cut, *[anything] * 9, 64 * steps, 64, part)
+    parts = [(tile, part) for tile in range(whole, total) for part in range(-(-rows_of_tiles[tile] // 64))]
+    stored = [(tile, "whole") for tile in range(whole) for _ in range(-(-rows_of_tiles[tile] // 64))]
+    assert sorted(added, key=str) == sorted(parts + stored, key=str)
+    assert len(kept) == pieces * len(parts)
+
+
+@pytest.mark.parametrize("pieces", [2, 3])
+def test_sums_of_pieces(pieces):
+    """Row by row to where the slots are, ahead of the part's end alone."""
+    rows, stride, order_N = 37, 700, torch.randperm(100)
+    partials = torch.randn(3, 3, 64, 256)
+    memory, out = Memory(partials.flatten()), Memory(torch.full((100 * stride,), -1.0))
+    names = {"gl": Loads(), "ADDED": None}
+    exec(function_text("_store_sum", split_k=True, stage="down"), names)
+    part, start, begin_n = 1, 20, 256
+    names["_store_sum"](out, Memory(order_N), memory + part * 64 * 256, pieces, start, start + rows, begin_n, stride)
+    wanted = torch.full((100, stride), -1.0)
+    wanted[order_N[start : start + rows], begin_n : begin_n + 256] = partials[:pieces, part, :rows].sum(0)
+    torch.testing.assert_close(out.tensor.view(100, stride), wanted)
 
 
 def test_groups_wait_for_one_telling_after_the_other():
