@@ -50,8 +50,8 @@ class StaticDispatcher(TokenDispatcher[StaticDispatchMetadata]):
     grouped GEMMs. The way back is of slots [R, K, H] (`exact`, which equals a single rank's result bitwise, as far as
     no sum follows from the rows of other experts, and so do the gradients of the experts; that of the hidden states
     adds up per rank, not per slot): all of them by a collective, through symmetric memory those alone that their rank
-    has a use for. Or it is one all-to-all of sums
-    [R, H], which are made in fp32 and rounded once to the dtype of the slots, and added up in fp32 again.
+    has a use for. Or it is one all-to-all of sums [R, H], which are made in fp32 and rounded once to the dtype of the
+    slots, and added up in fp32 again.
 
     Each exchange goes through symmetric memory where the ranks have it and the exchange is small enough to gain by it,
     through a collective else; `transport` says which, and why. Ranks agree on it when the dispatcher is made, by all of
