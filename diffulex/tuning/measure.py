@@ -89,6 +89,8 @@ def compile_job(job: Job, *, most_shared: int) -> str:
         if refused is not None:
             return str(refused)
         tensors |= eager.specialized_arguments(tensors, schedule, gather=up, programs=1)
+    from triton.errors import TritonError
+
     try:
         kernel = standalone.compile_only(
             variant.source(),
@@ -98,7 +100,7 @@ def compile_job(job: Job, *, most_shared: int) -> str:
             num_warps=schedule.launched_warps,
             num_stages=schedule.num_stages,
         )
-    except Exception as error:  # whatever Triton or ptxas raises
+    except (TritonError, RuntimeError) as error:  # of Triton's front end and ptxas, and of its passes; ours are not
         return f"{type(error).__name__}: {str(error)[:200]}"
     shared = kernel.metadata.shared
     return "" if shared <= most_shared else f"{shared} bytes of shared memory of {most_shared}"

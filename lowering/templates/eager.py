@@ -143,10 +143,20 @@ def specialized_arguments(
     return found
 
 
-def _in_as_many_pieces(tensors: Mapping[str, Tensor], schedule: Schedule) -> Schedule:
-    """A planned schedule, in one piece where rows begin beyond 2^31 elements: there is no shared memory for both."""
-    wide = schedule.loop.split_k and index_constants(tensors, schedule)["ROW_OFFSET"] == "gl.int64"
-    return schedule.without_split_k() if wide else schedule
+def _pieces_refusal(tensors: Mapping[str, Tensor], schedule: Schedule) -> Reason | None:
+    """Why sums of these tensors are not cut in the pieces of a schedule, or None: far rows leave no shared memory."""
+    if not schedule.loop.split_k or index_constants(tensors, schedule)["ROW_OFFSET"] == "gl.int32":
+        return None
+    return Reason(ReasonCode.SHAPE, "rows begin beyond 2^31 elements, and their sums are not cut in pieces")
+
+
+def _cut_if_near(variant: ExpertGemmVariant, tensors: Mapping[str, Tensor], schedule: Schedule) -> Schedule:
+    """A planned schedule, without pieces where there can be none."""
+    reason = _pieces_refusal(tensors, schedule)
+    if reason is None:
+        return schedule
+    record("plan", variant.stage, layer="", outcome="sums in one piece", reason=reason)
+    return schedule.without_split_k()
 
 
 def _planned(variant: ExpertGemmVariant, tensors: dict[str, Tensor]) -> Schedule:
@@ -157,7 +167,7 @@ def _planned(variant: ExpertGemmVariant, tensors: dict[str, Tensor]) -> Schedule
         (schedule,) = invariant_plan((shape,), device).schedules
     else:
         schedule = schedule_for(rows, shape, device=device)
-    schedule = _in_as_many_pieces(tensors, schedule)
+    schedule = _cut_if_near(variant, tensors, schedule)
     reason = _refusal(variant, tensors, schedule)
     if reason is not None and schedule.loop.specialized:
         record("plan", variant.stage, layer="", outcome="no specialised warps", reason=reason)
@@ -210,9 +220,7 @@ def _warps_refusal(variant: ExpertGemmVariant, tensors: dict[str, Tensor], sched
         return Reason(ReasonCode.SHAPE, f"{rows} rows are more than specialised warps count")
     if known.loop.split_k and shape.depth < SPLIT_DEPTH:
         return Reason(ReasonCode.SHAPE, f"sums over {shape.depth} columns, below {SPLIT_DEPTH}, are not cut in pieces")
-    if _in_as_many_pieces(tensors, schedule) != schedule:
-        return Reason(ReasonCode.SHAPE, "rows begin beyond 2^31 elements, and their sums are not cut in pieces")
-    return None
+    return _pieces_refusal(tensors, schedule)
 
 
 def specialized_refusal(variant: ExpertGemmVariant, shape: GemmShape) -> Reason | None:
@@ -324,7 +332,7 @@ def expert_gemm_specialized(
     out_NY = a.new_empty(rows, width)
     tensors = {"A": a, "W": weight_EYX, "OUT": out_NY, "ORDER": order_N, "OFFSETS": offsets_E1}
     top_k = max(1, rows // max(1, a.shape[0])) if up else 1
-    planned = _in_as_many_pieces(tensors, schedule_of(schedule))
+    planned = _cut_if_near(variant, tensors, schedule_of(schedule))
     _expert_gemm(dataclasses.replace(variant, unread=unread), tensors, top_k, planned)
     return out_NY
 

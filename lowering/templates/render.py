@@ -171,8 +171,6 @@ class ExpertGemmVariant:
             unread=self.unread,
             parts=parts,
             split_k=split_k,
-            cut="whole, pieces, " if split_k else "",
-            units="whole + (total * TILES_N - whole) * pieces" if split_k else "total * TILES_N",
             most_pieces=MOST_PIECES,
             functions=_in_gluon(functions) + (_SIGMOID if "sigmoid(" in results[0] else ""),
         )

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import time
 from multiprocessing.pool import ThreadPool
+from unittest import mock
 
 import pytest
 import torch
@@ -159,5 +160,10 @@ def test_kernels_are_compiled_for_the_device_ahead(form, stage, tokens):
         assert compile_job((cell, schedule), most_shared=232_448) == ""
         assert "bytes of shared memory of 1" in compile_job((cell, schedule), most_shared=1)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(measure.standalone, "compile_only", lambda *a, **k: 1 / 0)
-            assert compile_job((cell, schedule), most_shared=1) == "ZeroDivisionError: division by zero"
+            patch.setattr(
+                measure.standalone, "compile_only", mock.Mock(side_effect=RuntimeError("PassManager::run failed"))
+            )
+            assert compile_job((cell, schedule), most_shared=1) == "RuntimeError: PassManager::run failed"
+            patch.setattr(measure.standalone, "compile_only", lambda *a, **k: {}["W_DESC"])
+            with pytest.raises(KeyError):  # a mistake of ours is no schedule that cannot be
+                compile_job((cell, schedule), most_shared=1)

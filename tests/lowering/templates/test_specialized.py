@@ -317,10 +317,13 @@ def test_far_rows_are_summed_in_one_piece(launches):
     )
     with raises_catalogue(MoEUnsupportedError, where="moe_expert_up", got="rows begin beyond 2^31 elements"):
         eager.moe_expert_up(part, w13, None, order, offsets, act="silu(g) * u", schedule=IN_PIECES)
-    for rows in (part, part[:100]):
-        eager.expert_gemm_specialized(
-            *(rows, w13, order, offsets), act="silu(g) * u", up=True, unread=True, schedule=numbers_of(IN_PIECES)
-        )
+    with collect() as decisions:
+        for rows in (part, part[:100]):
+            eager.expert_gemm_specialized(
+                *(rows, w13, order, offsets), act="silu(g) * u", up=True, unread=True, schedule=numbers_of(IN_PIECES)
+            )
+    (found,) = decisions
+    assert (found.outcome, found.reason.code) == ("sums in one piece", ReasonCode.SHAPE)
     assert ["PARTIALS" in tensors for _, tensors, _ in launches] == [False, True]
 
 

@@ -41,7 +41,7 @@ class Places:
         self.tensor, self.index = tensor, index
 
     def __add__(self, index):
-        return Places(self.tensor, self.index + index)
+        return type(self)(self.tensor, self.index + index)
 
 
 class Vectors:
@@ -64,7 +64,7 @@ class Vectors:
         return self.programs
 
     @staticmethod
-    def load(places, mask=True, other=0):
+    def load(places, mask=True, other=0, cache_modifier=""):
         index = torch.where(torch.as_tensor(mask), places.index, 0)
         return torch.where(torch.as_tensor(mask), places.tensor[index], other)
 
@@ -243,28 +243,19 @@ class Memory(Places):
     def dtype(self):
         return types.SimpleNamespace(element_ty=self.tensor.dtype)
 
-    def __add__(self, index):
-        return Memory(self.tensor, self.index + index)
-
     def __getitem__(self, key):
         return Memory(self.tensor, self.index[key])
 
 
-class Loads:
-    """What sums of pieces need of Gluon."""
+class Stores(Vectors):
+    """What sums of pieces need beside that."""
 
-    int64, minimum = torch.int64, staticmethod(min)
-    arange = staticmethod(lambda begin, end, layout: torch.arange(begin, end))
-    SliceLayout = staticmethod(lambda *args: None)
-
-    @staticmethod
-    def load(places, mask=True, other=0, cache_modifier=""):
-        index = torch.where(torch.as_tensor(mask), places.index, 0)
-        return torch.where(torch.as_tensor(mask), places.tensor[index], other)
+    int64, SliceLayout = torch.int64, staticmethod(lambda *args: None)
 
     @staticmethod
     def store(places, values, mask):
-        places.tensor[places.index[mask.expand(values.shape)]] = values[mask.expand(values.shape)]
+        inside = mask.expand(values.shape)
+        places.tensor[places.index[inside]] = values[inside]
 
 
 class Barrier:
@@ -422,34 +413,51 @@ def test_all_groups_have_the_tiles_that_one_warp_takes(tiles, slow):
     assert had == [list(range(tiles))] * 5
 
 
+def multiply(part, *, units, total, cut, depth, rings=(), **names):
+    """Run a group of warps of one program that has these units of work, with functions and places of `names`."""
+    split_k, anything = bool(cut), mock.MagicMock()
+    left = iter([*units[1:], 10**6])
+    numbers = {"maximum": max, "where": lambda holds, one, other: one if holds else other}
+    numbers |= {"program_id": lambda axis: units[0], "arange": lambda *args: torch.arange(64)}
+    common = {
+        "gl": mock.MagicMock(atomic_add=names.pop("atomic_add", None), **numbers),
+        "warpgroup_mma": lambda a, w, acc, is_async: acc,
+        "warpgroup_mma_wait": lambda count, deps: deps,
+        "_next_unit": lambda *args: next(left),
+        "TILES_N": 1,
+        "BLOCK_K": 64,
+        "NUM_STAGES": 4,
+        **dict.fromkeys(("STORED", "PRODUCT", "mbarrier", "fence_async_shared", "_barrier"), anything),
+        **dict.fromkeys(("_store", "_store_partial", "_store_sum"), anything),
+    }
+    exec(function_text("_steps", split_k=split_k) + function_text("_multiply", split_k=split_k), common)
+    steps_of, told = common["_steps"], names.pop("steps", None)
+    if told is not None:
+        common["_steps"] = lambda *args: told(steps_of(*args))
+    common |= names
+    partials_and_taken = (0, 0) if split_k else ()
+    rings = rings or (anything, anything)
+    operands = (anything, anything, *partials_and_taken, total, 1, *cut, *[anything] * 4, *rings, *[anything] * 3)
+    common["_multiply"](*operands, depth, 64, part)
+
+
 @pytest.mark.parametrize("split_k", [False, True])
 @pytest.mark.parametrize("part", range(3))
 def test_groups_give_back_each_step_once(part, split_k):
     """In turn and after its products, whether a group has rows of a tile or none, of whole tiles and of pieces."""
-    steps, rows_of_tiles = 130, [192, 10, 100, 70, 192, 1, 64]
-    total, seen, anything = len(rows_of_tiles), [], mock.MagicMock()
+    steps, rows_of_tiles, seen = 130, [192, 10, 100, 70, 192, 1, 64], []
+    total = len(rows_of_tiles)
     whole, pieces = (4, 3) if split_k else (total, 1)
-    units = iter([*range(1, whole + (total - whole) * pieces), 10**6])
-    numbers = {"maximum": max, "where": lambda holds, one, other: one if holds else other}
-    names = {
-        "gl": mock.MagicMock(program_id=lambda axis: 0, arange=lambda *args: torch.arange(64), **numbers),
-        "mbarrier": types.SimpleNamespace(wait=lambda *at: seen.append(at), arrive=lambda at: seen.append(at)),
-        "_place": lambda tile, *rest: (0, 0, rows_of_tiles[tile], 0),
-        "_next_unit": lambda *args: next(units),
-        "warpgroup_mma": lambda a, w, acc, is_async: acc,
-        "warpgroup_mma_wait": lambda count, deps: deps,
-        "TILES_N": 1,
-        "BLOCK_K": 64,
-        "NUM_STAGES": 4,
-        "STORED": None,
-        "PRODUCT": None,
-        **dict.fromkeys(("_store", "_store_partial", "_store_sum", "_barrier", "fence_async_shared"), anything),
-    }
-    exec(function_text("_steps", split_k=split_k) + function_text("_multiply", split_k=split_k), names)
-    rings = [types.SimpleNamespace(index=lambda stage, name=name: (name, stage)) for name in ("full", "empty")]
-    memory, cut = ([anything] * 2, [whole, pieces]) if split_k else ([], [])
-    names["_multiply"](
-        *[anything] * 2, *memory, total, 1, *cut, *[anything] * 4, *rings, *[anything] * 3, 64 * steps, 64, part
+    multiply(
+        part,
+        units=range(whole + (total - whole) * pieces),
+        total=total,
+        cut=(whole, pieces) if split_k else (),
+        depth=64 * steps,
+        rings=[types.SimpleNamespace(index=lambda stage, name=name: (name, stage)) for name in ("full", "empty")],
+        mbarrier=types.SimpleNamespace(wait=lambda *at: seen.append(at), arrive=lambda at: seen.append(at)),
+        _place=lambda tile, *rest: (0, 0, rows_of_tiles[tile], 0),
+        atomic_add=lambda *args, sem: 0,
     )
     waited, given_back = [], []
     for at in seen:
@@ -468,14 +476,12 @@ def test_pieces_are_added_up_once(random, whole):
     units = list(range(whole + (total - whole) * pieces))
     random.shuffle(units)
 
-    def place(tile, *rest):
-        here["tile"], here["part"] = tile, None
-        return 0, 1000 * tile, 1000 * tile + rows_of_tiles[tile], 0
-
-    def unit_of(unit, *rest):
-        found = names["_steps_of"](unit, *rest)
-        here["begin"] = found[1]
+    def begins(found):
+        here["tile"], here["begin"], _ = found
         return found
+
+    def place(tile, *rest):
+        return 0, 1000 * tile, 1000 * tile + rows_of_tiles[tile], 0
 
     def count(place, value, sem):
         assert sem == "acq_rel"
@@ -495,30 +501,10 @@ def test_pieces_are_added_up_once(random, whole):
         assert [kept[place + 3 * 64 * 256 * piece] for piece in range(pieces)] == [(tile, begin) for begin in bounds]
         added.append((tile, part))
 
-    anything, numbers = mock.MagicMock(), {"maximum": max, "where": lambda holds, one, other: one if holds else other}
-    names = {
-        "gl": mock.MagicMock(arange=lambda *args: torch.arange(64), atomic_add=count, **numbers),
-        **dict.fromkeys(("mbarrier", "fence_async_shared", "_barrier"), anything),
-        "TILES_N": 1,
-        "BLOCK_K": 64,
-        "NUM_STAGES": 4,
-        "STORED": None,
-        "PRODUCT": None,
-        "_place": place,
-        "_store": lambda *args: added.append((here["tile"], "whole")),
-        "_store_partial": keep,
-        "_store_sum": add_up,
-        "warpgroup_mma": lambda a, w, acc, is_async: acc,
-        "warpgroup_mma_wait": lambda count, deps: deps,
-    }
-    exec(function_text("_steps", split_k=True) + function_text("_multiply", split_k=True), names)
-    names["_steps_of"], names["_steps"] = names["_steps"], unit_of
+    functions = {"_place": place, "atomic_add": count, "_store_partial": keep, "_store_sum": add_up, "steps": begins}
+    functions["_store"] = lambda *args: added.append((here["tile"], "whole"))
     for part in range(3):
-        left = iter([*units[1:], 10**6])
-        names["_next_unit"] = lambda *args, left=left: next(left)
-        names["gl"].program_id = lambda axis: units[0]
-        cut = (0, 0, total, 1, whole, pieces)
-        names["_multiply"](*[anything] * 2, *cut, *[anything] * 9, 64 * steps, 64, part)
+        multiply(part, units=units, total=total, cut=(whole, pieces), depth=64 * steps, **functions)
     parts = [(tile, part) for tile in range(whole, total) for part in range(-(-rows_of_tiles[tile] // 64))]
     stored = [(tile, "whole") for tile in range(whole) for _ in range(-(-rows_of_tiles[tile] // 64))]
     assert sorted(added, key=str) == sorted(parts + stored, key=str)
@@ -531,7 +517,7 @@ def test_sums_of_pieces(pieces):
     rows, stride, order_N = 37, 700, torch.randperm(100)
     partials = torch.randn(3, 3, 64, 256)
     memory, out = Memory(partials.flatten()), Memory(torch.full((100 * stride,), -1.0))
-    names = {"gl": Loads(), "ADDED": None}
+    names = {"gl": Stores(programs=1), "ADDED": None}
     exec(function_text("_store_sum", split_k=True, stage="down"), names)
     part, start, begin_n = 1, 20, 256
     names["_store_sum"](out, Memory(order_N), memory + part * 64 * 256, pieces, start, start + rows, begin_n, stride)
