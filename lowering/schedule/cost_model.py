@@ -50,7 +50,7 @@ CONSTANTS = {
     "flatten_rate": 0.95,  # matrix rate of a flattened loop
     "flatten_tile": 0.000545,  # of what a tile costs beyond its loop, in a flattened loop
     "specialized_rate": 0.71,  # of the matrix rate with specialised warps
-    "specialized_memory": 0.915,  # of the rate of loads
+    "specialized_memory": 0.93,  # of the rate of loads
     "specialized_overlap": 0.09,  # `overlap` there; steps and tiles cost nothing beyond their bytes and FLOP
     "specialized_rest": 0.25,  # row tiles of an expert there, beside whole ones
 }
