@@ -14,6 +14,7 @@ import torch
 from lowering.errors import MoEDeviceError, MoEOptionError, MoERangeError
 from lowering.schedule.device import H100, DeviceSpec, device_spec
 
+from ..benching.inputs import ROUTINGS
 from ..benching.shapes import MORE_SHAPES, SHAPES, TOKENS, Case, case_of, case_of_config, case_of_shape
 from . import env
 from .explain import check_writable
@@ -46,6 +47,7 @@ def add_parser(commands: Any) -> None:
     option("--tokens", nargs="+", type=int, default=list(TOKENS), metavar="T",
            help=f"default {' '.join(map(str, TOKENS))}")  # fmt: skip
     option("--dtype", choices=_DTYPES, default="bf16", help="default bf16; fp16 has the same plans")
+    option("--routing", choices=ROUTINGS, default="uniform", help="how tokens choose experts (default uniform)")
     option("--best", type=int, default=24, metavar="N",
            help="schedules a cell, beside the planned ones (default 24); 0: all that could win")  # fmt: skip
     option("--seconds", type=float, default=math.inf, metavar="S",
@@ -77,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
     if args.csv is not None:
         check_writable("--csv", args.csv)
     device = device_spec()
-    print(f"{env.summary(torch.device('cuda'))}, {args.dtype}", flush=True)
-    with on_gpu(device.shared_memory) as measure, torch.no_grad():
+    print(f"{env.summary(torch.device('cuda'))}, {args.dtype}, routing {args.routing}", flush=True)
+    with on_gpu(device.shared_memory, routing=args.routing) as measure, torch.no_grad():
         return run_cells(args, cells, device=device, measure=measure)
 
 

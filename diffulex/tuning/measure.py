@@ -18,7 +18,7 @@ from torch import Tensor
 from lowering.schedule.schedule import PLAIN, Schedule
 from lowering.templates import eager, standalone
 
-from ..benching.inputs import count_of_sets
+from ..benching.inputs import count_of_sets, draw_logits
 from ..benching.timing import capture, round_robin
 from .cells import Cell, act_of, tensors_of
 
@@ -107,10 +107,11 @@ def compile_job(job: Job, *, most_shared: int) -> str:
 
 
 class OnGpu:
-    """`Measure` on the current CUDA device, with a pool of processes that compile."""
+    """`Measure` on the current CUDA device under one of `inputs.ROUTINGS`, with a pool of processes that compile."""
 
-    def __init__(self, pool: Any, *, most_shared: int) -> None:
+    def __init__(self, pool: Any, *, most_shared: int, routing: str) -> None:
         self._pool, self._compile = pool, functools.partial(compile_job, most_shared=most_shared)
+        self._law = routing
 
     def prepare(self, jobs: Sequence[Job], *, deadline: float) -> dict[Job, str]:
         """Compile kernels, for as long as there is time; those that cannot be, with the reason."""
@@ -127,7 +128,8 @@ class OnGpu:
     def time(self, cell: Cell, schedules: Sequence[Schedule]) -> Timing:
         """Times of those that compute the same as the first one."""
         tensors = tensors_of(cell, "cuda")
-        routings = [_routing(cell, seed) for seed in range(count_of_sets(cell.tokens))]
+        seeded = [torch.Generator("cuda").manual_seed(seed) for seed in range(count_of_sets(cell.tokens))]
+        routings = [draw_routing(cell, self._law, generator=generator) for generator in seeded]
         pool = torch.cuda.graph_pool_handle()
         calls = {schedule: functools.partial(launch, cell, tensors, schedule=schedule) for schedule in schedules}
         errors, refused = compare(cell, calls, routing=routings[0])
@@ -139,11 +141,11 @@ class OnGpu:
 
 
 @contextlib.contextmanager
-def on_gpu(most_shared: int) -> Iterator[OnGpu]:
+def on_gpu(most_shared: int, *, routing: str) -> Iterator[OnGpu]:
     """`OnGpu` with a process for each CPU, up to a number that memory allows for."""
     processes = min(_MOST_PROCESSES, os.cpu_count() or 1)
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        yield OnGpu(pool, most_shared=most_shared)
+        yield OnGpu(pool, most_shared=most_shared, routing=routing)
 
 
 def stays_in_place(cell: Cell, schedule: Schedule) -> bool:
@@ -198,13 +200,14 @@ def compare(
     return errors, refused
 
 
-def _routing(cell: Cell, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids [T, K] int64, ORDER [N] and OFFSETS [E+1] int32) of tokens that choose their experts at random.
+def draw_routing(cell: Cell, routing: str, *, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids [T, K] int64, ORDER [N] and OFFSETS [E+1] int32) of tokens that choose their experts by one of
+    `inputs.ROUTINGS`, on the generator's device.
 
     A token's ids ascend, so that the slots of one token, which may stay in place, have the order of sorted ones.
     """
-    shape, generator = cell.case.shape, torch.Generator("cuda").manual_seed(seed)
-    logits_TE = torch.randn(cell.tokens, shape.num_experts, device="cuda", generator=generator)
+    shape = cell.case.shape
+    logits_TE = draw_logits(routing, cell.tokens, shape=shape, generator=generator)
     ids_TK = logits_TE.topk(shape.top_k, dim=-1).indices.sort(dim=-1).values
     counts_E = torch.bincount(ids_TK.reshape(-1), minlength=shape.num_experts)
     offsets_E1 = torch.nn.functional.pad(counts_E.cumsum(0), (1, 0)).int()

@@ -1,5 +1,6 @@
 """`python -m diffulex tune`: what it lists, refuses, prints and keeps, with made-up times."""
 
+import contextlib
 import csv
 import json
 import logging
@@ -10,6 +11,7 @@ from torch._inductor.utils import fresh_cache
 
 from diffulex.cli import tune
 from diffulex.cli.main import build_parser, main
+from diffulex.tuning import measure
 from diffulex.tuning.cells import cells_of
 from lowering.report import collect
 from lowering.schedule import storage
@@ -96,6 +98,23 @@ def test_times_are_told_written_and_kept(model, folder, tmp_path, capsys):
     for cell in cells:
         times = saved[cell.gemm][cell.rows]
         assert exact_schedule(cell.rows, cell.gemm, device=H100) == min(times, key=times.get)
+
+
+@pytest.mark.parametrize("law", ["uniform", "zipf"])
+def test_the_routing_asked_for_is_timed_and_told(law, model, folder, capsys, monkeypatch):
+    @contextlib.contextmanager
+    def on_gpu(most_shared, *, routing):
+        asked.append((most_shared, routing))
+        yield FakeMeasure(H100)
+
+    asked = []
+    monkeypatch.setattr(measure, "on_gpu", on_gpu)
+    monkeypatch.setattr(tune, "device_spec", lambda: H100)
+    monkeypatch.setattr(tune.env, "generation_refusal", lambda: None)
+    monkeypatch.setattr(tune.env, "summary", lambda device: "a GPU")
+    assert main(["tune", model, "--tokens", "8", "--best", "1", *(["--routing", law] if law == "zipf" else [])]) == 0
+    assert asked == [(H100.shared_memory, law)]
+    assert f"a GPU, bf16, routing {law}" in capsys.readouterr().out
 
 
 def test_nothing_is_kept_unasked(model, folder, capsys):

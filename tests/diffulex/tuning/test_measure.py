@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
+from diffulex.benching.inputs import ROUTINGS
 from diffulex.benching.shapes import Case, case_of_shape
 from diffulex.tuning import measure
 from diffulex.tuning.cells import Cell, tensors_of
@@ -27,10 +28,8 @@ PLAIN = Case("plain", SHAPE, FORMS["plain"])
 FIRST, SECOND = Schedule(16, 32, 32, 4, 3), Schedule(16, 16, 64, 4, 3, Loop(grouped=True))
 
 
-def routing(cell):
-    ids = torch.randn(cell.tokens, 8).topk(2).indices.sort().values
-    offsets = torch.nn.functional.pad(torch.bincount(ids.reshape(-1), minlength=8).cumsum(0), (1, 0)).int()
-    return ids, torch.argsort(ids.reshape(-1), stable=True).int(), offsets
+def routing(cell, law="uniform"):
+    return measure.draw_routing(cell, law, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -126,7 +125,7 @@ class Pool:
 def test_problems_of_a_kernel_are_those_of_all_its_cells_and_time_is_kept():
     pool = Pool()
     jobs = [(Cell(PLAIN, "up", tokens), schedule) for schedule in (FIRST, SECOND) for tokens in (8, 16)]
-    problems = OnGpu(pool, most_shared=7).prepare(jobs, deadline=time.monotonic() - 1)
+    problems = OnGpu(pool, most_shared=7, routing="uniform").prepare(jobs, deadline=time.monotonic() - 1)
     assert problems == dict.fromkeys(jobs[:2], "too large")
     assert len(pool.jobs) == 2 and pool.function.func is compile_job and pool.function.keywords == {"most_shared": 7}
 
@@ -136,11 +135,23 @@ def test_without_a_limit_all_kernels_are_waited_for(monkeypatch):
     monkeypatch.setattr(measure, "compile_job", lambda job, most_shared: f"no {job[0].stage}")
     jobs = [(Cell(PLAIN, stage, 8), FIRST) for stage in ("up", "down")]
     with ThreadPool(1) as pool:
-        problems = OnGpu(pool, most_shared=7).prepare(jobs, deadline=math.inf)
+        problems = OnGpu(pool, most_shared=7, routing="uniform").prepare(jobs, deadline=math.inf)
     assert list(problems.values()) == ["no up", "no down"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: nothing to fake")
+@pytest.mark.parametrize("law", ROUTINGS)
+def test_tokens_choose_as_asked_for(law):
+    """Slots in the order of experts, then tokens; a token's experts ascend; so many tokens go to the popular one."""
+    cell = Cell(PLAIN, "up", 2048)
+    ids_TK, order_N, offsets_E1 = routing(cell, law)
+    sorted_N, stable_N = ids_TK.reshape(-1).sort(stable=True)
+    assert torch.equal(order_N, stable_N.int()) and offsets_E1.dtype == order_N.dtype == torch.int32
+    assert torch.equal(offsets_E1, torch.searchsorted(sorted_N, torch.arange(9)).int())
+    assert (ids_TK[:, 0] < ids_TK[:, 1]).all()
+    most = int(offsets_E1.diff().max()) / cell.tokens
+    assert {"uniform": 0.23 < most < 0.29, "zipf": 0.5 < most < 0.75, "one-hot": most == 1}[law]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present: nothing to fake")
 @pytest.mark.parametrize("stage", ["up", "down"])
 @pytest.mark.parametrize("shape", ["qwen3", "mixtral"])
