@@ -3,9 +3,9 @@
     python -m benchmarks.bench_host_time --shapes qwen3 llada2 --tokens 1 8
 
 The clock is the host's and stops before the device has finished; between stretches of calls the device catches up, so
-that a full launch queue is not what is timed. Each variant is compiled on its own: by Inductor's Python wrapper, the
-same without evaluating guards (`skip_guard_eval_unsafe`), by its C++ wrapper, and ahead of time by AOTInductor; beside
-them stock, and `x + 1`, which shows what any compiled call pays.
+that a full launch queue is not what is timed. Each variant is compiled on its own: by Inductor's Python wrapper and by
+its C++ wrapper, both also without evaluating guards (`skip_guard_eval_unsafe`), and ahead of time by AOTInductor;
+beside them stock, and `x + 1`, which shows what any compiled call pays.
 """
 
 from __future__ import annotations
@@ -58,12 +58,16 @@ def _inside(state: Callable[[], AbstractContextManager[Any]]) -> Variant:
     return variant
 
 
-@contextlib.contextmanager
-def _unguarded(layer: Layer, arguments: Arguments) -> Iterator[Callable[..., object]]:
-    run = _compiled(layer)
-    run(*arguments)
-    with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-        yield run
+def _unguarded(cpp_wrapper: bool) -> Variant:
+    @contextlib.contextmanager
+    def variant(layer: Layer, arguments: Arguments) -> Iterator[Callable[..., object]]:
+        run = _compiled(layer)
+        with torch._inductor.config.patch(cpp_wrapper=cpp_wrapper):
+            run(*arguments)
+        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+            yield run
+
+    return variant
 
 
 @contextlib.contextmanager
@@ -82,8 +86,9 @@ def _plus_one(_: Layer, __: Arguments) -> Iterator[Callable[..., object]]:
 
 VARIANTS: dict[str, Variant] = {
     "Python": _inside(contextlib.nullcontext),
-    "no guards": _unguarded,
+    "no guards": _unguarded(cpp_wrapper=False),
     "C++": _inside(lambda: torch._inductor.config.patch(cpp_wrapper=True)),
+    "C++, none": _unguarded(cpp_wrapper=True),
     "AOTInductor": _ahead,
     "stock": _inside(diffulex.disabled),  # its grouped product has no entry in the C++ wrapper
     "x + 1": _plus_one,
