@@ -49,25 +49,20 @@ def _compiled(layer: Layer) -> Callable[..., object]:
     return compiled(layer, "topk", early=False).run  # Inductor has no fast launcher for kernels that do
 
 
-def _inside(state: Callable[[], AbstractContextManager[Any]]) -> Variant:
-    @contextlib.contextmanager
-    def variant(layer: Layer, _: Arguments) -> Iterator[Callable[..., object]]:
-        with state():
-            yield _compiled(layer)
-
-    return variant
-
-
-def _unguarded(cpp_wrapper: bool) -> Variant:
+def _inside(state: Callable[[], AbstractContextManager[Any]], *, guards: bool = True) -> Variant:
     @contextlib.contextmanager
     def variant(layer: Layer, arguments: Arguments) -> Iterator[Callable[..., object]]:
-        run = _compiled(layer)
-        with torch._inductor.config.patch(cpp_wrapper=cpp_wrapper):
-            run(*arguments)
-        with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-            yield run
+        with state():
+            run = _compiled(layer)
+            run(*arguments)  # what is not compiled yet has no guards that could be skipped
+            with torch.compiler.set_stance(skip_guard_eval_unsafe=not guards):
+                yield run
 
     return variant
+
+
+def _cpp_wrapper() -> AbstractContextManager[Any]:
+    return torch._inductor.config.patch(cpp_wrapper=True)
 
 
 @contextlib.contextmanager
@@ -86,9 +81,9 @@ def _plus_one(_: Layer, __: Arguments) -> Iterator[Callable[..., object]]:
 
 VARIANTS: dict[str, Variant] = {
     "Python": _inside(contextlib.nullcontext),
-    "no guards": _unguarded(cpp_wrapper=False),
-    "C++": _inside(lambda: torch._inductor.config.patch(cpp_wrapper=True)),
-    "C++, none": _unguarded(cpp_wrapper=True),
+    "no guards": _inside(contextlib.nullcontext, guards=False),
+    "C++": _inside(_cpp_wrapper),
+    "C++, no guards": _inside(_cpp_wrapper, guards=False),
     "AOTInductor": _ahead,
     "stock": _inside(diffulex.disabled),  # its grouped product has no entry in the C++ wrapper
     "x + 1": _plus_one,
@@ -110,12 +105,12 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1])
     arguments = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, host microseconds of a call")
-    print("shape   tokens " + " ".join(f"{name:>11}" for name in VARIANTS))
+    print("shape   tokens " + " ".join(f"{name:>14}" for name in VARIANTS))
     for name in arguments.shapes:
         layer = build_layer(case_of_shape(name), dtype=torch.bfloat16, device=torch.device("cuda"))
         for tokens in arguments.tokens:
             times = [measure(layer, tokens, variant) for variant in VARIANTS]
-            print(f"{name:7} {tokens:6} " + " ".join(f"{micros:11.1f}" for micros in times), flush=True)
+            print(f"{name:7} {tokens:6} " + " ".join(f"{micros:14.1f}" for micros in times), flush=True)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ class OnGpu:
 
     def __init__(self, pool: Any, *, most_shared: int, routing: str) -> None:
         self._pool, self._compile = pool, functools.partial(compile_job, most_shared=most_shared)
-        self._law = routing
+        self._routing = routing
 
     def prepare(self, jobs: Sequence[Job], *, deadline: float) -> dict[Job, str]:
         """Compile kernels, for as long as there is time; those that cannot be, with the reason."""
@@ -129,7 +129,7 @@ class OnGpu:
         """Times of those that compute the same as the first one."""
         tensors = tensors_of(cell, "cuda")
         seeded = [torch.Generator("cuda").manual_seed(seed) for seed in range(count_of_sets(cell.tokens))]
-        routings = [draw_routing(cell, self._law, generator=generator) for generator in seeded]
+        routings = [draw_routing(cell, self._routing, generator=generator) for generator in seeded]
         pool = torch.cuda.graph_pool_handle()
         calls = {schedule: functools.partial(launch, cell, tensors, schedule=schedule) for schedule in schedules}
         errors, refused = compare(cell, calls, routing=routings[0])
