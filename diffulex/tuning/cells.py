@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowering.activation import canonical, is_gated
-from lowering.schedule.cost_model import predict
+from lowering.schedule.cost_model import score
 from lowering.schedule.device import DeviceSpec
 from lowering.schedule.plan import candidates, exact_schedule, plan, range_of, schedule_for
 from lowering.schedule.schedule import GemmShape, Schedule
@@ -93,7 +93,7 @@ def to_time(cell: Cell, device: DeviceSpec, *, best: int) -> list[Schedule]:
     gemm, rows = cell.gemm, cell.rows
     found = candidates(gemm, device)
     if best:
-        found = sorted(found, key=lambda schedule: predict(rows, gemm, schedule=schedule, device=device))[:best]
+        found = sorted(found, key=lambda schedule: score(rows, gemm, schedule=schedule, device=device))[:best]
     else:  # tiles far from the rows that an expert gets cannot win and take long
         own = max(1.0, rows / gemm.num_experts)
         found = [schedule for schedule in found if min(64, own / 8) <= schedule.block_m <= max(16, 4 * own)]

@@ -1,9 +1,11 @@
 """Time of one expert GEMM as one sympy expression of the row count, the shape, the schedule and the device.
 
 Three terms: bytes (from memory once, or once a row tile where the order of the tiles leaves nothing of an expert in L2,
-at the rate the loads in flight can sustain; from L2 once a tile), matrix work (tiles with their padding, in whole waves
-over the SMs), and fixed costs per launch and per tile. Routing is taken as uniform, but for weights that are read again
-with each row tile: orders of the tiles that avoid it cost next to nothing, and save much once routing is skewed.
+at the rate the loads in flight can sustain; from L2 once a tile, and what is read again on top of it), matrix work
+(tiles with their padding, in whole waves over the SMs), and fixed costs per launch and per tile. Routing is taken as
+uniform, but for weights that are read again with each row tile: orders of the tiles that avoid it cost next to nothing,
+and save much once routing is skewed. Schedules are compared by `score`, which adds to the time for the row tiles that
+skewed routing would make.
 
 The floor of a GEMM is what its bytes take, moved once at the nominal bandwidth, or its FLOP at the nominal rate.
 """
@@ -42,6 +44,7 @@ CONSTANTS = {
     "overlap": 0.209,  # of the shorter of memory and matrix time that is not hidden
     "short_rows": 0.949,  # of the rate of loads whose rows are shorter than 256 bytes
     "l2_rate": 1.85,  # of the bandwidth of memory, from L2
+    "again_rate": 6.0,  # of the bandwidth of memory, for weights that L2 has for an expert's next row tile
     "l2_share": 1.25,  # of L2 that an expert's weights can have and still be there for its next row tile
     "grouped": 1.75e-07,  # seconds a program's place in the grouped order costs
     "descriptors": 1.62e-06,  # seconds until a kernel has made its tensor descriptors, or its count of tiles is zero
@@ -60,6 +63,9 @@ VECTOR_LAUNCH = 1.97e-06
 VECTOR_EFFICIENCY = 0.922
 # Row tiles that skewed routing adds, of those that all rows but a first tile make: about so for loads as 1 / rank.
 _SKEW = sympy.Rational(1, 4)
+# By `score`, of the share of row tiles that a Zipf law adds: programs beyond whole waves. Of 60 cells on an H200, timed
+# under both, this loses least over both together (`benchmarks/NOTES.md`).
+SKEW_WEIGHT = 0.05
 _CONSTANT = {name: sympy.Symbol(name, positive=True) for name in CONSTANTS}
 
 
@@ -85,6 +91,11 @@ def _bytes_moved(experts: Any) -> sympy.Expr:
     return experts * W * G * D * B + N * (D + W) * B
 
 
+def _rest() -> sympy.Expr:
+    """Row tiles of an expert beside whole ones, on average."""
+    return sympy.Piecewise((_CONSTANT["specialized_rest"], SPECIALIZED > 0), (sympy.Rational(1, 2), True))
+
+
 def _flop(rows: Any, width: Any) -> sympy.Expr:
     return 2 * rows * width * G * D
 
@@ -94,8 +105,7 @@ def gemm_time() -> sympy.Expr:
     """Seconds of one launch, in the symbols above and the fitted constants."""
     c = _CONSTANT
     hit = _hit()
-    rest = sympy.Piecewise((c["specialized_rest"], SPECIALIZED > 0), (sympy.Rational(1, 2), True))
-    row_tiles = hit * sympy.Max(1, N / hit / BM + rest)
+    row_tiles = hit * sympy.Max(1, N / hit / BM + _rest())
     programs = row_tiles * sympy.ceiling(W / BN)
 
     shared = (BM + BN * G) * BK * B * STAGES
@@ -108,8 +118,9 @@ def gemm_time() -> sympy.Expr:
     kept = sympy.Or(GROUPED > 0, c["l2_share"] * L2 > W * G * D * B)
     read_again = row_tiles + _SKEW * sympy.Max(0, N - BM) / BM
     from_memory = _bytes_moved(sympy.Piecewise((hit, kept), (read_again, True)))
+    again = sympy.Piecewise(((row_tiles - hit) * W * G * D * B / (BANDWIDTH * c["again_rate"]), kept), (0, True))
     from_l2 = programs * (BN * G + BM) * D * B
-    memory = sympy.Max(from_memory / rate, from_l2 / (BANDWIDTH * c["l2_rate"]))
+    memory = sympy.Max(from_memory / rate + again, from_l2 / (BANDWIDTH * c["l2_rate"]))
 
     # specialised warps multiply 64 rows each, and not those that have none
     multiplied = sympy.Piecewise((sympy.Min(BM, N / row_tiles + 32), SPECIALIZED > 0), (BM, True))
@@ -122,6 +133,24 @@ def gemm_time() -> sympy.Expr:
     overlap = sympy.Piecewise((c["specialized_overlap"], SPECIALIZED > 0), (c["overlap"], True))
     work = sympy.Max(memory, matrix) + overlap * sympy.Min(memory, matrix)
     return c["launch"] + TMA * c["descriptors"] + work + waiting
+
+
+@functools.cache
+def more_tiles() -> sympy.Expr:
+    """The share of row tiles that routing by a Zipf law, loads as 1 / rank, adds to those of uniform routing.
+
+    Of the r-th expert these are its N / (r H_E BM) and a rest, H_E the sum of 1 / r, or one; summed up by
+    H_r = log r + 0.5772 + 1 / (2 r).
+    """
+    rest = _rest()
+
+    def harmonic(count: sympy.Expr) -> sympy.Expr:
+        return sympy.log(count) + sympy.EulerGamma.evalf() + 1 / (2 * count)
+
+    first = N / (harmonic(E) * BM)
+    several = sympy.Min(E, first / (1 - rest))  # experts with more than one
+    tiles = sympy.Piecewise((first * harmonic(several) + rest * several + E - several, several > 1), (E, True))
+    return sympy.Max(0, tiles / (E * sympy.Max(1, N / (E * BM) + rest)) - 1)
 
 
 _SCHEDULE = (BM, BN, BK, WARPS, STAGES, TMA, FLATTEN, GROUPED, SPECIALIZED)
@@ -157,15 +186,23 @@ def arguments(rows: int, shape: GemmShape, *, schedule: Schedule, device: Device
 
 
 @functools.cache
-def _evaluator() -> Callable[..., float]:
+def _evaluator() -> Callable[..., tuple[float, float]]:
+    """(seconds, share of row tiles) of the values of `ARGUMENTS`."""
     # constants as arguments: putting numbers into the expression takes sympy longer than all the rest
-    function = sympy.lambdify((*ARGUMENTS, *_CONSTANT.values()), gemm_time(), modules="math", cse=True)
+    both = gemm_time(), more_tiles()
+    function = sympy.lambdify((*ARGUMENTS, *_CONSTANT.values()), both, modules="math", cse=True)
     return lambda *values: function(*values, *CONSTANTS.values())
 
 
 def predict(rows: int, shape: GemmShape, *, schedule: Schedule, device: DeviceSpec) -> float:
     """Seconds of one expert GEMM over `rows` rows."""
-    return float(_evaluator()(*arguments(rows, shape, schedule=schedule, device=device)))
+    return float(_evaluator()(*arguments(rows, shape, schedule=schedule, device=device))[0])
+
+
+def score(rows: int, shape: GemmShape, *, schedule: Schedule, device: DeviceSpec) -> float:
+    """What schedules for `rows` rows are compared by: `predict`, and more by the row tiles that skewed routing adds."""
+    seconds, more = _evaluator()(*arguments(rows, shape, schedule=schedule, device=device))
+    return float(seconds * (1 + SKEW_WEIGHT * more))
 
 
 @functools.cache

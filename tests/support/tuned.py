@@ -7,7 +7,7 @@ import pytest
 
 from diffulex.tuning.measure import Timing
 from lowering.schedule import plan, storage
-from lowering.schedule.cost_model import predict
+from lowering.schedule.cost_model import score
 from lowering.schedule.plan import candidates
 
 
@@ -29,8 +29,8 @@ def keep(device, table):
 
 def model_times(shape, device, rows, *, count=12, factor=lambda schedule: 1.0):
     """Times of the schedules that the model ranks first, its own but for a factor."""
-    ranked = sorted(candidates(shape, device), key=lambda s: predict(rows, shape, schedule=s, device=device))
-    return {s: predict(rows, shape, schedule=s, device=device) * factor(s) for s in ranked[:count]}
+    ranked = sorted(candidates(shape, device), key=lambda s: score(rows, shape, schedule=s, device=device))
+    return {s: score(rows, shape, schedule=s, device=device) * factor(s) for s in ranked[:count]}
 
 
 def some_factor(schedule):
@@ -55,5 +55,5 @@ class FakeMeasure:
     def time(self, cell, schedules):
         self.timed.append(cell)
         self.now += 1.0
-        seconds = {s: predict(cell.rows, cell.gemm, schedule=s, device=self.device) * self.factor(s) for s in schedules}
+        seconds = {s: score(cell.rows, cell.gemm, schedule=s, device=self.device) * self.factor(s) for s in schedules}
         return Timing(seconds, dict.fromkeys(schedules, 1e-3), {})

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowering.schedule import cost_model
-from lowering.schedule.cost_model import ARGUMENTS, CONSTANTS, cost, gemm_time, predict
-from lowering.schedule.device import H100
+from lowering.schedule.cost_model import ARGUMENTS, CONSTANTS, SKEW_WEIGHT, cost, gemm_time, predict, score
+from lowering.schedule.device import H100, H200
 from lowering.schedule.plan import candidates, exact_schedule
-from lowering.schedule.schedule import PLAIN, GemmShape, Schedule
+from lowering.schedule.schedule import PLAIN, GemmShape, Loop, Schedule
 
 # up stages of models: qwen3-30b-a3b, mixtral, gpt-oss, a tiny one
 SHAPES = [
@@ -102,6 +102,41 @@ def test_orders_that_read_weights_once_where_skewed_routing_would_read_them_agai
     assert exact_schedule(2, up, device=H100, tuned=False).loop == PLAIN
     small = SHAPES[0]  # its experts stay in L2 between two row tiles
     assert exact_schedule(512, small, device=H100, tuned=False).loop == PLAIN
+
+
+def row_tiles(loads, schedule):
+    """Row tiles of experts with such loads: what is beside whole ones counts as one half, or a quarter."""
+    rest = CONSTANTS["specialized_rest"] if schedule.loop.specialized else 0.5
+    return sum(max(1.0, load / schedule.block_m + rest) for load in loads)
+
+
+@given(cases())
+def test_schedules_are_compared_by_the_row_tiles_that_a_zipf_law_adds(case):
+    rows, shape, schedule = case
+    experts = range(1, shape.num_experts + 1)
+    total = sum(1 / rank for rank in experts)
+    zipf = row_tiles([rows / total / rank for rank in experts], schedule)
+    more = zipf / row_tiles([rows / shape.num_experts] * shape.num_experts, schedule) - 1
+    assert more > -1e-9
+    found = score(*case[:2], schedule=schedule, device=H100) / seconds(*case)
+    assert found == pytest.approx(1 + SKEW_WEIGHT * more, abs=0.1 * SKEW_WEIGHT)
+
+
+def test_no_schedule_for_which_one_popular_expert_costs_another_wave():
+    """Mixtral's down stage: 256 programs of 32 x 128, 288 once an expert has more than 32 of the 128 rows."""
+    down, few = GemmShape(8, 14336, 4096, False), Schedule(32, 128, 128, 4, 4, Loop(grouped=True))
+    for device in (H100, H200):
+        chosen = exact_schedule(128, down, device=device, tuned=False)
+        assert seconds(128, down, few, device) < seconds(128, down, chosen, device)
+        assert chosen.block_m >= 64
+
+
+def test_weights_that_are_read_again_cost_time():
+    """16 rows an expert, half of which have more than that: tiles of 16 rows took a fifth longer than of 64 (H200)."""
+    up, device = GemmShape(64, 7168, 2048, True), H200
+    narrow, wide = Schedule(16, 128, 128, 4, 3), Schedule(64, 64, 128, 4, 4, Loop(tma=True, flatten=True))
+    assert seconds(512, up, narrow, device) < seconds(512, up, wide, device)  # eight rows each
+    assert seconds(1024, up, narrow, device) > seconds(1024, up, wide, device)
 
 
 @given(cases())

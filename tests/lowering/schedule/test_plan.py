@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowering.schedule import plan as module_under_test
-from lowering.schedule.cost_model import predict
+from lowering.schedule.cost_model import score
 from lowering.schedule.device import H100, DeviceSpec
 from lowering.schedule.plan import MAX_RANGES, candidates, exact_schedule, plan, schedule_for
 from lowering.schedule.schedule import GemmShape
@@ -54,8 +54,8 @@ def loss(shapes, device, schedules, points):
     total = 0.0
     for shape, schedule in zip(shapes, schedules, strict=True):
         for rows in points:
-            best = min(predict(rows, shape, schedule=c, device=device) for c in candidates(shape, device))
-            total += math.log(predict(rows, shape, schedule=schedule, device=device) / best)
+            best = min(score(rows, shape, schedule=c, device=device) for c in candidates(shape, device))
+            total += math.log(score(rows, shape, schedule=schedule, device=device) / best)
     return total
 
 
@@ -113,14 +113,14 @@ def test_no_row_count_is_far_from_its_best_schedule():
     """The figure behind "the model alone must already be close", by the model itself."""
     for shape in (UP, DOWN):
         for rows in (8, 100, 512, 3000, 32768, 1 << 20):
-            chosen = predict(rows, shape, schedule=schedule_for(rows, shape, device=H100), device=H100)
-            best = min(predict(rows, shape, schedule=c, device=H100) for c in candidates(shape, H100))
+            chosen = score(rows, shape, schedule=schedule_for(rows, shape, device=H100), device=H100)
+            best = min(score(rows, shape, schedule=c, device=H100) for c in candidates(shape, H100))
             assert chosen <= 1.25 * best, (shape, rows)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 100, 32768])
 def test_rows_that_are_known_get_the_best_schedule(rows):
-    best = min(candidates(UP, H100), key=lambda found: predict(max(1, rows), UP, schedule=found, device=H100))
+    best = min(candidates(UP, H100), key=lambda found: score(max(1, rows), UP, schedule=found, device=H100))
     assert exact_schedule(rows, UP, device=H100) == best
 
 
