@@ -63,9 +63,11 @@ VECTOR_LAUNCH = 1.97e-06
 VECTOR_EFFICIENCY = 0.922
 # Row tiles that skewed routing adds, of those that all rows but a first tile make: about so for loads as 1 / rank.
 _SKEW = sympy.Rational(1, 4)
-# By `score`, of the share of row tiles that a Zipf law adds: programs beyond whole waves. Of 60 cells on an H200, timed
-# under both, this loses least over both together (`benchmarks/NOTES.md`).
-SKEW_WEIGHT = 0.05
+# What `score` adds, by cells that were timed with uniform and skewed routing and by layers in CUDA graphs, on H200s
+# (`benchmarks/NOTES.md`): so much of the share of row tiles that a Zipf law adds, up to two waves of programs, of which
+# one more shows; and the seconds that a GEMM for many rows loses where others begin early, see `inductor.early`.
+SKEW_WEIGHT = 0.2
+LATE = 3.5e-6
 _CONSTANT = {name: sympy.Symbol(name, positive=True) for name in CONSTANTS}
 
 
@@ -100,22 +102,32 @@ def _flop(rows: Any, width: Any) -> sympy.Expr:
     return 2 * rows * width * G * D
 
 
+def _row_tiles() -> sympy.Expr:
+    """Row tiles of all experts."""
+    return _hit() * sympy.Max(1, N / _hit() / BM + _rest())
+
+
+def _resident() -> sympy.Expr:
+    """Programs of an SM at a time."""
+    shared = (BM + BN * G) * BK * B * STAGES
+    registers = 32 * WARPS * (BM * BN * G / (32 * WARPS) + 48)
+    several = sympy.Max(1, sympy.floor(sympy.Min(SHARED / shared, 65_536 / registers, 64 / WARPS)))
+    return sympy.Piecewise((1, TMA > 0), (several, True))
+
+
 @functools.cache
 def gemm_time() -> sympy.Expr:
     """Seconds of one launch, in the symbols above and the fitted constants."""
     c = _CONSTANT
-    hit = _hit()
-    row_tiles = hit * sympy.Max(1, N / hit / BM + _rest())
+    hit, row_tiles, resident = _hit(), _row_tiles(), _resident()
     programs = row_tiles * sympy.ceiling(W / BN)
 
-    shared = (BM + BN * G) * BK * B * STAGES
-    registers = 32 * WARPS * (BM * BN * G / (32 * WARPS) + 48)
-    resident = sympy.Max(1, sympy.floor(sympy.Min(SHARED / shared, 65_536 / registers, 64 / WARPS)))
-    resident = sympy.Piecewise((1, TMA > 0), (resident, True))
-    in_flight = BN * G * BK * B * (STAGES - 1)
-    rate = sympy.Min(BANDWIDTH * c["memory_efficiency"], sympy.Min(programs, SMS * resident) * in_flight / c["latency"])
-    rate *= sympy.Piecewise((c["specialized_memory"], SPECIALIZED > 0), (c["short_rows"], BK * B < 256), (1, True))
     kept = sympy.Or(GROUPED > 0, c["l2_share"] * L2 > W * G * D * B)
+    in_flight = BN * G * BK * B * (STAGES - 1)
+    reading = sympy.Piecewise((hit * sympy.ceiling(W / BN), kept), (programs, True))  # from memory, at a time
+    reading = sympy.Min(reading, SMS * resident)
+    rate = sympy.Min(BANDWIDTH * c["memory_efficiency"], reading * in_flight / c["latency"])
+    rate *= sympy.Piecewise((c["specialized_memory"], SPECIALIZED > 0), (c["short_rows"], BK * B < 256), (1, True))
     read_again = row_tiles + _SKEW * sympy.Max(0, N - BM) / BM
     from_memory = _bytes_moved(sympy.Piecewise((hit, kept), (read_again, True)))
     again = sympy.Piecewise(((row_tiles - hit) * W * G * D * B / (BANDWIDTH * c["again_rate"]), kept), (0, True))
@@ -153,6 +165,13 @@ def more_tiles() -> sympy.Expr:
     return sympy.Max(0, tiles / (E * sympy.Max(1, N / (E * BM) + rest)) - 1)
 
 
+def _score() -> sympy.Expr:
+    """`gemm_time` and what schedules are compared by beside it."""
+    waves = _row_tiles() * sympy.ceiling(W / BN) / (SMS * _resident())
+    skewed = SKEW_WEIGHT * more_tiles() * sympy.Min(1, 2 / waves) ** 6
+    return gemm_time() * (1 + skewed) + sympy.Piecewise((LATE, BM >= 128), (0, True))
+
+
 _SCHEDULE = (BM, BN, BK, WARPS, STAGES, TMA, FLATTEN, GROUPED, SPECIALIZED)
 _DEVICE = (SMS, BANDWIDTH, MATRIX, SHARED, L2)
 ARGUMENTS = (N, E, D, W, G, B, *_SCHEDULE, *_DEVICE)
@@ -187,9 +206,9 @@ def arguments(rows: int, shape: GemmShape, *, schedule: Schedule, device: Device
 
 @functools.cache
 def _evaluator() -> Callable[..., tuple[float, float]]:
-    """(seconds, share of row tiles) of the values of `ARGUMENTS`."""
+    """(seconds, score) of the values of `ARGUMENTS`."""
     # constants as arguments: putting numbers into the expression takes sympy longer than all the rest
-    both = gemm_time(), more_tiles()
+    both = gemm_time(), _score()
     function = sympy.lambdify((*ARGUMENTS, *_CONSTANT.values()), both, modules="math", cse=True)
     return lambda *values: function(*values, *CONSTANTS.values())
 
@@ -200,9 +219,10 @@ def predict(rows: int, shape: GemmShape, *, schedule: Schedule, device: DeviceSp
 
 
 def score(rows: int, shape: GemmShape, *, schedule: Schedule, device: DeviceSpec) -> float:
-    """What schedules for `rows` rows are compared by: `predict`, and more by the row tiles that skewed routing adds."""
-    seconds, more = _evaluator()(*arguments(rows, shape, schedule=schedule, device=device))
-    return float(seconds * (1 + SKEW_WEIGHT * more))
+    """What schedules for `rows` rows are compared by, in seconds: `predict`, and what a wave that skewed routing adds
+    and a kernel that does not begin early would cost.
+    """
+    return float(_evaluator()(*arguments(rows, shape, schedule=schedule, device=device))[1])
 
 
 @functools.cache
