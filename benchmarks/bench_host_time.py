@@ -5,7 +5,8 @@
 The clock is the host's and stops before the device has finished; between stretches of calls the device catches up, so
 that a full launch queue is not what is timed. Each variant is compiled on its own: by Inductor's Python wrapper and by
 its C++ wrapper, both also without evaluating guards (`skip_guard_eval_unsafe`), and ahead of time by AOTInductor;
-beside them stock, and `x + 1`, which shows what any compiled call pays.
+beside them stock, and `x + 1`, which shows what any compiled call pays. Where no package of AOTInductor loads, this
+dies of a segmentation fault: set LD_PRELOAD to what `g++ -print-file-name=libstdc++.so.6` says.
 """
 
 from __future__ import annotations

@@ -43,9 +43,9 @@ def add_parser(commands: Any) -> None:
         description="Times the experts of one MoE layer, from ids and weights (or router logits) to the combined "
         "output, for each peer in turn. On CUDA by replays of CUDA graphs over rotated inputs, on a CPU by the wall "
         "clock, which other work disturbs; medians, microseconds. Each peer's output is checked against a wider dtype "
-        "before it is timed: exit code 1 when one is wrong. The floor is the longer of arithmetic and bytes at rates "
-        "measured in the same run; dense, where arithmetic is the longer one on a GPU, the library's products with as "
-        "many FLOP, timed in turn with the peers.",
+        "before it is timed: exit code 1 when one is wrong. The floor is the longer of arithmetic and bytes at "
+        "rates measured ahead of the cells, and told once more after them; dense, where arithmetic is the longer "
+        "one on a GPU, the library's products with as many FLOP, timed in turn with the peers.",
     )
     option = parser.add_argument
     option("--shapes", nargs="+", choices=[*SHAPES, *MORE_SHAPES, *CPU_SHAPES], metavar="NAME",
@@ -114,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
     finally:  # what was measured before an interruption is told, too
         if cells:
             print(report(cells, [peer.name for peer in peers]))
+    with torch.no_grad():  # a device that has worked for minutes reads and multiplies slower than a rested one
+        print(f"ceilings after the cells: {measure_ceilings(device, dtype)}")
     if args.picture is not None:
         args.picture.write_text(draw(cells, options, title=f"{_device_name(device)}, {_name(dtype)}"), encoding="utf-8")
     return int(any(result.outcome == "wrong" for cell in cells for result in cell.results))

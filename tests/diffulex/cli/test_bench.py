@@ -4,6 +4,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import re
 import sys
 from xml.etree import ElementTree as ET
 
@@ -56,6 +57,7 @@ def test_a_run_with_all_it_writes(source, tiny, tmp_path, capsys):
     assert main(argv) == 0
     shown = capsys.readouterr()
     assert f"fp32, from {source}, routing uniform; ceilings: " in shown.out and "cells: " in shown.err
+    assert re.search(r"^ceilings after the cells: \d+.* [TGM]?FLOP/s, .*B/s$", shown.out, re.MULTILINE)
     header, _, first, second = [line.split() for line in shown.out.splitlines()][2:6]
     assert header[:8] == ["layer", "tokens", "floor", "dense", *NAMES] and header[-1] == "floor/diffulex"
     assert (first[:2], second[:2]) == (["Tiny-Model", "1"], ["Tiny-Model", "70"]) and len(first) == 4 + 4 + 3 + 1
