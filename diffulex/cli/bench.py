@@ -114,10 +114,11 @@ def run(args: argparse.Namespace) -> int:
     finally:  # what was measured before an interruption is told, too
         if cells:
             print(report(cells, [peer.name for peer in peers]))
-    with torch.no_grad():  # a device that has worked for minutes reads and multiplies slower than a rested one
-        print(f"ceilings after the cells: {measure_ceilings(device, dtype)}")
     if args.picture is not None:
         args.picture.write_text(draw(cells, options, title=f"{_device_name(device)}, {_name(dtype)}"), encoding="utf-8")
+    with progress("ceilings", 1), torch.no_grad():
+        after = measure_ceilings(device, dtype)  # a device that has worked for minutes is slower than a rested one
+    print(f"ceilings after the cells: {after}")
     return int(any(result.outcome == "wrong" for cell in cells for result in cell.results))
 
 

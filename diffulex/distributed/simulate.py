@@ -160,7 +160,7 @@ def _experts(scenario: Scenario, tokens: int, *, share: float, held: int, device
 
 @functools.lru_cache(maxsize=4096)
 def _gemms(rows: int, experts: int, *, shape: Shape, device: DeviceSpec) -> tuple[float, float]:
-    """Each of both GEMMs of a rank's experts, with the schedule that is best for as many rows."""
+    """Each of both GEMMs of a rank's experts, with the schedule that is planned for as many rows."""
     if rows < 1:
         return 0.0, 0.0
     hidden, width = shape.hidden, shape.intermediate

@@ -1,11 +1,11 @@
 """Time of one expert GEMM as one sympy expression of the row count, the shape, the schedule and the device.
 
 Three terms: bytes (from memory once, or once a row tile where the order of the tiles leaves nothing of an expert in L2,
-at the rate the loads in flight can sustain; from L2 once a tile, and what is read again on top of it), matrix work
-(tiles with their padding, in whole waves over the SMs), and fixed costs per launch and per tile. Routing is taken as
-uniform, but for weights that are read again with each row tile: orders of the tiles that avoid it cost next to nothing,
-and save much once routing is skewed. Schedules are compared by `score`, which adds to the time for the row tiles that
-skewed routing would make.
+at the rate the loads in flight can sustain, and on top of it what L2 has for an expert's next row tile; or from L2 once
+a tile, if that takes longer), matrix work (tiles with their padding, in whole waves over the SMs), and fixed costs per
+launch and per tile. Routing is taken as uniform, but for weights that are read again with each row tile: orders of the
+tiles that avoid it cost next to nothing, and save much once routing is skewed. Schedules are compared by `score`, which
+adds what skewed routing and a late begin would cost.
 
 The floor of a GEMM is what its bytes take, moved once at the nominal bandwidth, or its FLOP at the nominal rate.
 """
@@ -28,7 +28,8 @@ BM, BN, BK, WARPS, STAGES = sympy.symbols("BM BN BK WARPS STAGES", positive=True
 TMA, FLATTEN, GROUPED, SPECIALIZED = sympy.symbols("TMA FLATTEN GROUPED SPECIALIZED", nonnegative=True)  # 0 or 1
 SMS, BANDWIDTH, MATRIX, SHARED, L2 = sympy.symbols("SMS BANDWIDTH MATRIX SHARED L2", positive=True)
 
-# What the hardware does to the ideal formulas; fitted by benchmarks/calibrate_cost_model.py to measured sweeps.
+# What the hardware does to the ideal formulas; fitted by benchmarks/calibrate_cost_model.py to measured sweeps, but for
+# `again_rate`, which leaves the least error in one of them where experts have one to four row tiles.
 CONSTANTS = {
     "memory_efficiency": 0.95,  # of the nominal bandwidth, for streamed weights
     "latency": 9.58e-07,  # seconds from a load's issue to its data under load
@@ -64,7 +65,7 @@ VECTOR_EFFICIENCY = 0.922
 # Row tiles that skewed routing adds, of those that all rows but a first tile make: about so for loads as 1 / rank.
 _SKEW = sympy.Rational(1, 4)
 # What `score` adds, by cells that were timed with uniform and skewed routing and by layers in CUDA graphs, on H200s
-# (`benchmarks/NOTES.md`): so much of the share of row tiles that a Zipf law adds, up to two waves of programs, of which
+# (`benchmarks/NOTES.md`): so much of the share of row tiles that a Zipf law adds, where programs are few waves, so that
 # one more shows; and the seconds that a GEMM for many rows loses where others begin early, see `inductor.early`.
 SKEW_WEIGHT = 0.2
 LATE = 3.5e-6
@@ -148,11 +149,12 @@ def gemm_time() -> sympy.Expr:
 
 
 @functools.cache
-def more_tiles() -> sympy.Expr:
+def _more_tiles() -> sympy.Expr:
     """The share of row tiles that routing by a Zipf law, loads as 1 / rank, adds to those of uniform routing.
 
-    Of the r-th expert these are its N / (r H_E BM) and a rest, H_E the sum of 1 / r, or one; summed up by
+    The r-th expert has max(1, N / (r H_E BM) + rest) of them, H_E the sum of 1 / r; summed up by
     H_r = log r + 0.5772 + 1 / (2 r).
+    All experts count as hit: where few rows leave some out, Zipf routing leaves out more, and adds less than this.
     """
     rest = _rest()
 
@@ -166,10 +168,10 @@ def more_tiles() -> sympy.Expr:
 
 
 def _score() -> sympy.Expr:
-    """`gemm_time` and what schedules are compared by beside it."""
+    """Seconds: t (1 + SKEW_WEIGHT more min(1, 2 / waves)^6) and LATE; the power lets it fade beyond two waves."""
     waves = _row_tiles() * sympy.ceiling(W / BN) / (SMS * _resident())
-    skewed = SKEW_WEIGHT * more_tiles() * sympy.Min(1, 2 / waves) ** 6
-    return gemm_time() * (1 + skewed) + sympy.Piecewise((LATE, BM >= 128), (0, True))
+    skewed = SKEW_WEIGHT * _more_tiles() * sympy.Min(1, 2 / waves) ** 6
+    return gemm_time() * (1 + skewed) + sympy.Piecewise((LATE, sympy.And(TMA > 0, BM >= 128)), (0, True))
 
 
 _SCHEDULE = (BM, BN, BK, WARPS, STAGES, TMA, FLATTEN, GROUPED, SPECIALIZED)
@@ -219,8 +221,8 @@ def predict(rows: int, shape: GemmShape, *, schedule: Schedule, device: DeviceSp
 
 
 def score(rows: int, shape: GemmShape, *, schedule: Schedule, device: DeviceSpec) -> float:
-    """What schedules for `rows` rows are compared by, in seconds: `predict`, and what a wave that skewed routing adds
-    and a kernel that does not begin early would cost.
+    """What schedules for `rows` rows are compared by, in seconds: `predict`, and what the row tiles that skewed routing
+    adds, and a kernel that does not begin early, would cost.
     """
     return float(_evaluator()(*arguments(rows, shape, schedule=schedule, device=device))[1])
 

@@ -1,11 +1,12 @@
 """Measured times in the place of predicted ones, for GEMMs that were tuned on a device.
 
-What was measured decides; the model fills in between, by its `score`. At each measured row count it is corrected by a
-factor, that of the measured time for a schedule that has one; between two of them the factor changes in proportion to
-the logarithm of the rows, and beyond the last one it stays. So a schedule has its own time again where it was measured,
-and the model's curve, moved, elsewhere. For a schedule that was not measured at a row count the factor is what the
-model errs by there for all schedules, times what it errs by for this one where it was measured; but it is not believed
-to beat the best that was measured: it was left out because the model expected less of it.
+What was measured decides; the model fills in between, by its `score`; a measured time has nothing of what that adds. At
+each measured row count it is corrected by a factor, that of the measured time for a schedule that has one; between two
+of them the factor changes in proportion to the logarithm of the rows, and beyond the last one it stays. So a schedule
+has its own time again where it was measured, and the model's curve, moved, elsewhere. For a schedule that was not
+measured at a row count the factor is what the model errs by there for all schedules, times what it errs by for this one
+where it was measured; but it is not believed to beat the best that was measured: it was left out because the model
+expected less of it.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Times:
         return self._cells.keys()
 
     def __call__(self, rows: int, schedule: Schedule) -> float:
-        """Seconds over so many rows, at least one; of one that was not measured, by `cost_model.score`."""
+        """Seconds over so many rows, at least one: `cost_model.score`, corrected by what was measured."""
         expected = score(rows, self._shape, schedule=schedule, device=self._device)
         if not self._cells:
             return expected
