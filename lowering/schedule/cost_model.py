@@ -167,11 +167,10 @@ def _more_tiles() -> sympy.Expr:
     return sympy.Max(0, tiles / (E * sympy.Max(1, N / (E * BM) + rest)) - 1)
 
 
-def _score() -> sympy.Expr:
-    """Seconds: t (1 + SKEW_WEIGHT more min(1, 2 / waves)^6) and LATE; the power lets it fade beyond two waves."""
+def _skewed_time() -> sympy.Expr:
+    """Seconds: t (1 + SKEW_WEIGHT more min(1, 2 / waves)^6); the power lets it fade beyond two waves."""
     waves = _row_tiles() * sympy.ceiling(W / BN) / (SMS * _resident())
-    skewed = SKEW_WEIGHT * _more_tiles() * sympy.Min(1, 2 / waves) ** 6
-    return gemm_time() * (1 + skewed) + sympy.Piecewise((LATE, sympy.And(TMA > 0, BM >= 128)), (0, True))
+    return gemm_time() * (1 + SKEW_WEIGHT * _more_tiles() * sympy.Min(1, 2 / waves) ** 6)
 
 
 _SCHEDULE = (BM, BN, BK, WARPS, STAGES, TMA, FLATTEN, GROUPED, SPECIALIZED)
@@ -208,9 +207,9 @@ def arguments(rows: int, shape: GemmShape, *, schedule: Schedule, device: Device
 
 @functools.cache
 def _evaluator() -> Callable[..., tuple[float, float]]:
-    """(seconds, score) of the values of `ARGUMENTS`."""
+    """(seconds, seconds and what skew adds) of the values of `ARGUMENTS`."""
     # constants as arguments: putting numbers into the expression takes sympy longer than all the rest
-    both = gemm_time(), _score()
+    both = gemm_time(), _skewed_time()
     function = sympy.lambdify((*ARGUMENTS, *_CONSTANT.values()), both, modules="math", cse=True)
     return lambda *values: function(*values, *CONSTANTS.values())
 
@@ -222,9 +221,12 @@ def predict(rows: int, shape: GemmShape, *, schedule: Schedule, device: DeviceSp
 
 def score(rows: int, shape: GemmShape, *, schedule: Schedule, device: DeviceSpec) -> float:
     """What schedules for `rows` rows are compared by, in seconds: `predict`, and what the row tiles that skewed routing
-    adds, and a kernel that does not begin early, would cost.
+    adds, and a kernel for many rows among others that begin early, would cost.
     """
-    return float(_evaluator()(*arguments(rows, shape, schedule=schedule, device=device))[1])
+    # of pointers, too: early or not, these and descriptors are compared by their time
+    many_rows = schedule.block_m >= 128 and shape.element_size == 2 and device.capability >= (9, 0)
+    skewed = _evaluator()(*arguments(rows, shape, schedule=schedule, device=device))[1]
+    return float(skewed) + (LATE if many_rows else 0.0)
 
 
 @functools.cache

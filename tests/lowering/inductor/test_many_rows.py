@@ -81,7 +81,7 @@ def test_what_descriptors_do_not_take_is_recorded(transposed, monkeypatch):
 
 
 WIDE = BlockForm(tokens=4096, top_k=4, experts=8, hidden=1024, width=512, dtype=torch.bfloat16)
-NARROW = WIDE.replace(tokens=16384, hidden=1020, width=506)
+NARROW = WIDE.replace(hidden=1020, width=506)
 
 
 @pytest.mark.parametrize(

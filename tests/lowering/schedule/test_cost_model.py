@@ -130,24 +130,24 @@ def test_skewed_routing_counts_where_waves_are_few(experts, rows, specialized):
 
 
 def test_skewed_routing_fades_as_waves_become_many():
-    schedule = Schedule(128, 128, 64, 8, 3)  # two programs an SM
+    schedule = Schedule(64, 128, 128, 8, 4)  # one program an SM
     added = []
-    for columns in (32, 64, 128, 256):
+    for columns in (16, 32, 64, 128):
         shape = GemmShape(8, 512, 128 * columns, False)
-        waves = 12 * columns / (2 * H100.num_sms)  # 12 row tiles of 128 rows an expert, one and a half
-        found = score(1024, shape, schedule=schedule, device=H100) / seconds(1024, shape, schedule) - 1
-        added.append((waves, found / (0.2 * share(1024, 8, schedule))))
+        waves = 12 * columns / H100.num_sms  # 64 rows an expert, so one and a half row tiles
+        found = score(512, shape, schedule=schedule, device=H100) / seconds(512, shape, schedule) - 1
+        added.append((waves, found / (0.2 * share(512, 8, schedule))))
     for waves, found in added:
         assert found == pytest.approx(min(1, 2 / waves) ** 6, rel=0.05)
-    assert added[0][1] > 0.9 and 0.001 < added[2][1] < 0.1
+    assert added[0][1] > 0.9 and 0.05 < added[1][1] < 0.2
 
 
-@given(cases())
-def test_a_late_begin_counts_for_many_rows_by_descriptors_alone(case):
+@given(cases(), st.sampled_from([H100, dataclasses.replace(H100, capability=(8, 0))]))
+def test_a_late_begin_counts_for_many_rows_where_kernels_begin_early(case, device):
     rows, shape, schedule = case
-    late = schedule.loop.tma and schedule.block_m >= 128
-    added = score(rows, shape, schedule=schedule, device=H100) - seconds(*case)
-    skew = 0.2 * max(0.0, share(rows, shape.num_experts, schedule) + 0.02) * seconds(*case)
+    late = device is H100 and schedule.block_m >= 128 and shape.element_size == 2
+    added = score(rows, shape, schedule=schedule, device=device) - seconds(*case, device)
+    skew = 0.2 * max(0.0, share(rows, shape.num_experts, schedule) + 0.02) * seconds(*case, device)
     assert 3.5e-6 * late - 1e-12 <= added <= 3.5e-6 * late + skew + 1e-12
 
 
