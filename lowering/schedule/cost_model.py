@@ -148,13 +148,12 @@ def gemm_time() -> sympy.Expr:
     return c["launch"] + TMA * c["descriptors"] + work + waiting
 
 
-@functools.cache
 def _more_tiles() -> sympy.Expr:
     """The share of row tiles that routing by a Zipf law, loads as 1 / rank, adds to those of uniform routing.
 
-    The r-th expert has max(1, N / (r H_E BM) + rest) of them, H_E the sum of 1 / r; summed up by
-    H_r = log r + 0.5772 + 1 / (2 r).
-    All experts count as hit: where few rows leave some out, Zipf routing leaves out more, and adds less than this.
+    The r-th expert has max(1, N / (r H_E BM) + rest) of them, H_E the sum of 1 / r; summed up by H_r = log r + 0.5772 +
+    1 / (2 r). All experts count as hit: where few rows leave some out, Zipf routing leaves out more, and adds less than
+    this.
     """
     rest = _rest()
 
@@ -167,10 +166,10 @@ def _more_tiles() -> sympy.Expr:
     return sympy.Max(0, tiles / (E * sympy.Max(1, N / (E * BM) + rest)) - 1)
 
 
-def _skewed_time() -> sympy.Expr:
-    """Seconds: t (1 + SKEW_WEIGHT more min(1, 2 / waves)^6); the power lets it fade beyond two waves."""
+def _added_by_skew() -> sympy.Expr:
+    """Of the time, what `score` adds: SKEW_WEIGHT more min(1, 2 / waves)^6; the power lets it fade beyond two waves."""
     waves = _row_tiles() * sympy.ceiling(W / BN) / (SMS * _resident())
-    return gemm_time() * (1 + SKEW_WEIGHT * _more_tiles() * sympy.Min(1, 2 / waves) ** 6)
+    return SKEW_WEIGHT * _more_tiles() * sympy.Min(1, 2 / waves) ** 6
 
 
 _SCHEDULE = (BM, BN, BK, WARPS, STAGES, TMA, FLATTEN, GROUPED, SPECIALIZED)
@@ -207,9 +206,9 @@ def arguments(rows: int, shape: GemmShape, *, schedule: Schedule, device: Device
 
 @functools.cache
 def _evaluator() -> Callable[..., tuple[float, float]]:
-    """(seconds, seconds and what skew adds) of the values of `ARGUMENTS`."""
+    """(seconds, of them what skew adds) of the values of `ARGUMENTS`."""
     # constants as arguments: putting numbers into the expression takes sympy longer than all the rest
-    both = gemm_time(), _skewed_time()
+    both = gemm_time(), _added_by_skew()
     function = sympy.lambdify((*ARGUMENTS, *_CONSTANT.values()), both, modules="math", cse=True)
     return lambda *values: function(*values, *CONSTANTS.values())
 
@@ -225,8 +224,8 @@ def score(rows: int, shape: GemmShape, *, schedule: Schedule, device: DeviceSpec
     """
     # of pointers, too: early or not, these and descriptors are compared by their time
     many_rows = schedule.block_m >= 128 and shape.element_size == 2 and device.capability >= (9, 0)
-    skewed = _evaluator()(*arguments(rows, shape, schedule=schedule, device=device))[1]
-    return float(skewed) + (LATE if many_rows else 0.0)
+    seconds, skew = _evaluator()(*arguments(rows, shape, schedule=schedule, device=device))
+    return float(seconds * (1 + skew)) + (LATE if many_rows else 0.0)
 
 
 @functools.cache
